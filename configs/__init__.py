@@ -1,0 +1,1 @@
+"""Ready-made run files, importable as `molora.configs`: `quickstart.yaml` and friends."""

@@ -1,0 +1,33 @@
+"""molora: fine-tune a frozen language model with a mixture of LoRA experts, the PEFT way.
+
+Importing this package registers the method `MOLORA` with PEFT. After that everything PEFT, transformers and TRL do
+with adapters works for mixtures: `get_peft_model`, `PeftModel.from_pretrained`, `AutoPeftModelForCausalLM`, …
+The trainers are in `molora.trainers`.
+"""
+
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils import register_peft_method
+
+from molora._version import __version__
+from molora.config import MoLoraConfig
+from molora.errors import ConfigError, DataError, MergeError, MoloraError, TargetModulesError
+from molora.model import MoLoraModel
+from molora.peft_type import MOLORA
+from molora.presets import available_presets
+from molora.routing.record import record_routing
+
+if MOLORA not in PEFT_TYPE_TO_CONFIG_MAPPING:
+    register_peft_method(name="molora", config_cls=MoLoraConfig, model_cls=MoLoraModel, prefix="molora_")
+
+__all__ = [
+    "ConfigError",
+    "DataError",
+    "MergeError",
+    "MoLoraConfig",
+    "MoLoraModel",
+    "MoloraError",
+    "TargetModulesError",
+    "__version__",
+    "available_presets",
+    "record_routing",
+]

@@ -1,0 +1,98 @@
+"""Statistics of routing: what share of tokens each expert gets, how sure the router is, how high the threshold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from molora.routing.record import RoutingRecord
+
+DEAD_BELOW = 0.1
+"""An expert counts as dead when its load is below this fraction of an even share."""
+
+
+@dataclass
+class RoutingTally:
+    """Sums over tokens, one row per linear, from which every statistic follows; tallies of one model can be added.
+
+    Attributes:
+        layers: Names of the linears, L of them.
+        tokens: Tokens counted, `[L]`.
+        selected: Times each expert was selected, `[L, E]`.
+        entropy: Sum of the entropies of the tokens' probabilities in nats, `[L]`.
+        threshold: Sum of learned thresholds, `[L]`; zero where there is none.
+    """
+
+    layers: tuple[str, ...]
+    tokens: Tensor
+    selected: Tensor
+    entropy: Tensor
+    threshold: Tensor
+
+    def __add__(self, other: RoutingTally) -> RoutingTally:
+        if self.layers != other.layers:
+            raise ValueError("cannot add tallies of different linears")
+        return RoutingTally(
+            self.layers,
+            self.tokens + other.tokens,
+            self.selected + other.selected,
+            self.entropy + other.entropy,
+            self.threshold + other.threshold,
+        )
+
+    def load(self) -> Tensor:
+        """Share of each linear's selections that fell on each expert, `[L, E]`; rows sum to one."""
+        return self.selected / self.selected.sum(dim=-1, keepdim=True).clamp(min=1)
+
+    def metrics(self) -> dict[str, float]:
+        """Averages over linears, ready for a log. One transfer from the device."""
+        tokens = self.tokens.clamp(min=1)
+        load = self.load()
+        num_experts = load.shape[-1]
+        values = torch.stack(
+            [
+                (self.selected.sum(dim=-1) / tokens).mean(),
+                load.max(dim=-1).values.mean(),
+                (load * num_experts - 1).square().mean(dim=-1).sqrt().mean(),
+                (load < DEAD_BELOW / num_experts).float().sum(dim=-1).mean(),
+                (self.entropy / tokens).mean(),
+                (self.threshold / tokens).mean(),
+            ]
+        ).tolist()
+        names = ("experts_per_token", "load_max", "load_cv", "dead_experts", "router_entropy", "threshold_mean")
+        return dict(zip(names, values, strict=True))
+
+
+@torch.no_grad()
+def tally(records: Iterable[RoutingRecord]) -> RoutingTally | None:
+    """Sum up records; several of one linear are added.
+
+    Args:
+        records: Records of one adapter whose linears have equally many experts.
+
+    Returns:
+        The tally, or `None` if there is no record.
+    """
+    sums: dict[str, tuple[Tensor, ...]] = {}
+    for record in records:
+        one = _sums(record)
+        before = sums.get(record.layer)
+        sums[record.layer] = one if before is None else tuple(a + b for a, b in zip(before, one, strict=True))
+    if not sums:
+        return None
+    tokens, selected, entropy, threshold = (torch.stack(column) for column in zip(*sums.values(), strict=True))
+    return RoutingTally(tuple(sums), tokens, selected, entropy, threshold)
+
+
+def _sums(record: RoutingRecord) -> tuple[Tensor, ...]:
+    routing = record.routing
+    num_experts = routing.probabilities.shape[-1]
+    probabilities = routing.probabilities.reshape(-1, num_experts)
+    mask = probabilities.new_ones(len(probabilities)) if record.mask is None else record.mask.reshape(-1).float()
+    entropy = -torch.xlogy(probabilities, probabilities).sum(dim=-1)
+    level = mask.new_zeros(()) if routing.threshold is None else (routing.threshold.reshape(-1) * mask).sum()
+    selected = routing.selected.reshape(-1, num_experts).float()
+    return mask.sum(), (selected * mask.unsqueeze(-1)).sum(dim=0), (entropy * mask).sum(), level
