@@ -1,0 +1,69 @@
+"""The command `molora`: arguments, exit codes, and nothing heavy until a command runs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from molora_cli.arguments import parse
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: The words after `molora`; default those of the process. `--debug` may stand anywhere.
+
+    Returns:
+        0 for success, 2 for a mistake in the command line, the run file or the data, 130 after Ctrl-C, and 1 for
+        anything else that went wrong.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words
+    try:
+        arguments = parse([word for word in words if word != "--debug"])
+        code: int = arguments.handler(arguments)
+        sys.stdout.flush()
+        return code
+    except SystemExit as stop:
+        # argparse has printed its message, or the help that was asked for.
+        return _flushed(stop.code if isinstance(stop.code, int) else 1)
+    except KeyboardInterrupt:
+        print("molora: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return _closed_pipe()
+    except Exception as error:
+        if debug:
+            sys.excepthook(type(error), error, error.__traceback__)
+        return _explained(error, debug)
+
+
+def _explained(error: Exception, debug: bool) -> int:
+    """Print what went wrong and return the exit code."""
+    # A command that got as far as raising one of these has imported the module.
+    errors = sys.modules.get("molora.errors")
+    if errors and isinstance(error, (errors.ConfigError, errors.DataError, errors.TargetModulesError)):
+        print(error, file=sys.stderr)
+        return 2
+    lines = str(error).strip().splitlines()
+    reason = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    print(f"molora: error: {reason}{'' if debug else ' (--debug shows where)'}", file=sys.stderr)
+    return 1
+
+
+def _flushed(code: int) -> int:
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return _closed_pipe()
+    return code
+
+
+def _closed_pipe() -> int:
+    """The reader, such as `head`, is gone; keep the interpreter from complaining when it flushes at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1

@@ -37,6 +37,8 @@ class MoLoraLayer(BaseTunerLayer):
 
     adapter_layer_names = ("molora_A", "molora_B", "molora_router", "molora_threshold")
     other_param_names = ("molora_ranks", "molora_dropout", "molora_spec")
+    routing_recorder: RoutingRecorder | None = None
+    routing_name = ""
 
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
         self.base_layer = base_layer
@@ -53,8 +55,6 @@ class MoLoraLayer(BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.cast_input_dtype_enabled = True
-        self.routing_recorder: RoutingRecorder | None = None
-        self.routing_name = ""
         self.kwargs = kwargs
         in_features, out_features = _get_in_out_features(self.get_base_layer())
         if in_features is None or out_features is None:
@@ -182,7 +182,7 @@ class MoLoraLinear(nn.Module, MoLoraLayer):
         x = x.float()  # once for both: routing is fp32 maths
         threshold = self.molora_threshold[adapter_name](x) if adapter_name in self.molora_threshold else None
         routing = route(self.molora_router[adapter_name](x), self.molora_spec[adapter_name], threshold)
-        if self.routing_recorder is not None:
+        if self.routing_recorder is not None and self._is_routed(adapter_name):
             self.routing_recorder.append(self.routing_name, adapter_name, routing)
         return ranks(routing.weights)
 

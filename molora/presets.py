@@ -40,9 +40,11 @@ def adamole() -> dict[str, Any]:
 def mole() -> dict[str, Any]:
     """Top-k routing: each token mixes its two most probable experts, weights summing to one.
 
-    MoLE, the baseline of AdaMoLE (arXiv 2405.00361): `p = softmax(W_g x)`,
-    `y = W0 x + Σ_{e∈top-k} w_e (α/r) B_e A_e x`, `w_e = p_e / Σ_{j∈top-k} p_j`. Defaults as `adamole`, with `top_k=2`. A constant threshold, the paper's other
-    baseline, is `selection="threshold"`.
+    MoLE, the baseline of AdaMoLE (arXiv 2405.00361), with `p = softmax(W_g x)`:
+    `y = W0 x + Σ_{e∈top-k} w_e (α/r) B_e A_e x`, `w_e = p_e / Σ_{j∈top-k} p_j`.
+
+    Defaults as `adamole`, with `top_k=2`. The paper's other baseline, a constant threshold, is
+    `selection="threshold"`.
     """
     return {
         "num_experts": 8,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from molora.losses.load_balancing import load_balancing
-from molora.routing.record import RoutingRecord
+from molora.routing.record import StackedRouting
 
 
 @dataclass(frozen=True)
@@ -18,16 +18,16 @@ class RoutingLoss:
     """A loss that can be named in the config.
 
     Attributes:
-        of_record: The loss of one linear's record and the options given, a scalar in fp32.
+        of_routing: The loss, a mean over linears, of stacked decisions and the options given; a scalar in fp32.
         options: Option names and the values each may take; the first is the default.
     """
 
-    of_record: Callable[..., Tensor]
+    of_routing: Callable[..., Tensor]
     options: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
 
-def _load_balancing(record: RoutingRecord, **options: Any) -> Tensor:
-    return load_balancing(record.routing.probabilities, record.routing.selected, record.mask, **options)
+def _load_balancing(routing: StackedRouting, **options: Any) -> Tensor:
+    return load_balancing(routing.probabilities, routing.selected, routing.mask, **options)
 
 
 LOSSES: dict[str, RoutingLoss] = {
@@ -36,26 +36,28 @@ LOSSES: dict[str, RoutingLoss] = {
 
 
 def total_loss(
-    records: Iterable[RoutingRecord], losses: Mapping[str, float | Mapping[str, Any]]
+    stacks: Sequence[StackedRouting], losses: Mapping[str, float | Mapping[str, Any]]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Add up the losses of a config over the records of one micro-batch.
+    """Add up the losses of a config over the decisions of one micro-batch.
 
-    Each loss is averaged over the records, that is over linears, so a coefficient means the same whatever the number
-    of adapted linears.
+    Each loss is averaged over linears, so a coefficient means the same whatever their number.
 
     Args:
-        records: At least one.
+        stacks: The recorded decisions, at least one.
         losses: `routing_losses` of the config: name to coefficient, or to a mapping with `coefficient` and options.
 
     Returns:
         The weighted sum to add to the task loss, and each loss unweighted and detached, for the log.
     """
-    records = list(records)
-    total, values = torch.zeros((), device=records[0].routing.logits.device), {}
+    linears = sum(len(stack.layers) for stack in stacks)
+    total, values = stacks[0].probabilities.new_zeros(()), {}
     for name, setting in losses.items():
         options = dict(setting) if isinstance(setting, Mapping) else {"coefficient": setting}
         coefficient = options.pop("coefficient")
-        value = torch.stack([LOSSES[name].of_record(record, **options) for record in records]).mean()
+        value = sum(
+            (LOSSES[name].of_routing(stack, **options) * (len(stack.layers) / linears) for stack in stacks),
+            start=torch.zeros_like(total),
+        )
         total = total + coefficient * value
         values[name] = value.detach()
     return total, values

@@ -17,7 +17,7 @@ def load_balancing(
     value does not grow with the number of selected experts and means the same for gates that do not sum to one.
 
     Args:
-        probabilities: `[B, S, E]`, or `[T, E]` which counts as one sequence.
+        probabilities: `[L, B, S, E]` for L linears, `[B, S, E]`, or `[T, E]` which counts as one sequence.
         selected: Boolean, the experts each token kept; same shape.
         mask: Boolean `[B, S]` or `[T]`, true for tokens that count; `None` for all.
         scope: `"sequence"` takes `f` and `P` within each sequence and averages over sequences, which makes the
@@ -25,20 +25,21 @@ def load_balancing(
             tokens of the micro-batch, as Switch does.
 
     Returns:
-        Scalar, fp32; zero if no token counts.
+        Scalar, fp32: the mean over linears, each on its own (pooling them would call eight collapsed linears balanced
+        when each collapsed onto another expert). Zero if no token counts.
     """
     num_experts = probabilities.shape[-1]
-    probabilities = probabilities.float()
-    given = probabilities / probabilities.sum(dim=-1, keepdim=True)
+    given = probabilities.float()
+    given = given / given.sum(dim=-1, keepdim=True)
     kept = selected.to(given.dtype)
     if mask is not None:
         given, kept = given * mask.unsqueeze(-1), kept * mask.unsqueeze(-1)
-    if scope == "batch" or given.ndim == 2:
-        given, kept = given.reshape(1, -1, num_experts), kept.reshape(1, -1, num_experts)
-    given, kept = given.sum(dim=1), kept.sum(dim=1)  # [B, E]
-    # A sequence of nothing but padding adds zero to numerator and denominator.
-    real = (given.sum(dim=-1) > 0).to(given.dtype)
-    share_given = given / given.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(given.dtype).tiny)
+    given, kept = given.sum(dim=-2), kept.sum(dim=-2)  # [L, B, E]
+    if scope == "batch" and given.ndim > 1:
+        given, kept = given.sum(dim=-2), kept.sum(dim=-2)  # [L, E]
+    tokens = given.sum(dim=-1, keepdim=True)
+    share_given = given / tokens.clamp(min=torch.finfo(given.dtype).tiny)
     share_kept = kept / kept.sum(dim=-1, keepdim=True).clamp(min=1)
     per_sequence = num_experts * (share_kept.detach() * share_given).sum(dim=-1)
-    return per_sequence.sum() / real.sum().clamp(min=1)
+    # A sequence of nothing but padding counts neither above nor below.
+    return per_sequence.sum() / (tokens > 0).sum().clamp(min=1)

@@ -8,64 +8,18 @@ generation, a reference model's pass, or anything else outside the block.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from molora.routing.route import Routing
 
-
-@runtime_checkable
-class Records(Protocol):
-    """A layer that hands its routing decisions to `routing_recorder` when there is one."""
-
-    routing_recorder: RoutingRecorder | None
-    routing_name: str
-
-
-@dataclass(frozen=True)
-class RoutingRecord:
-    """One routing decision with what is needed to judge it.
-
-    Attributes:
-        layer: Name of the linear inside the model.
-        adapter: Name of the adapter.
-        routing: The decision, tensors `[B, S, E]` or `[T, E]`, still attached to the graph.
-        mask: Boolean `[B, S]` or `[T]`, true for real tokens; `None` when all are.
-    """
-
-    layer: str
-    adapter: str
-    routing: Routing
-    mask: Tensor | None
-
-
-class RoutingRecorder:
-    """Collects the records of the forward passes that run while it is attached.
-
-    Args:
-        with_grad_only: Ignore passes under `torch.no_grad()`, such as a reference model's.
-    """
-
-    def __init__(self, with_grad_only: bool) -> None:
-        self.records: list[RoutingRecord] = []
-        self._with_grad_only = with_grad_only
-        self._masks = TokenMasks()
-
-    def append(self, layer: str, adapter: str, routing: Routing) -> None:
-        """Called by a layer for each decision."""
-        if self._with_grad_only and not torch.is_grad_enabled():
-            return
-        mask = mask_of_layer(self._masks, layer, routing.logits.shape[:-1])
-        self.records.append(RoutingRecord(layer, adapter, routing, mask))
-
-    def note_masks(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of the whole model: remember which tokens of this pass are padding."""
-        self._masks = token_masks(kwargs, bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False)))
+RECORDER = "routing_recorder"
+"""A layer class that has this attribute hands its decisions to the recorder found there, unless it is `None`."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +36,24 @@ class TokenMasks:
     of_decoder: Tensor | None = None
     encoder_decoder: bool = False
 
+    def of_layer(self, layer: str, shape: torch.Size) -> Tensor | None:
+        """Find the mask of one layer's tokens.
+
+        Args:
+            layer: Name of the linear; tells an encoder-decoder's two sides apart.
+            shape: `[B, S]` or `[T]` of the layer's tokens.
+
+        Returns:
+            Boolean mask of that shape, or `None` if every token counts. With a key-value cache the mask is longer than
+            the input, and its end is what belongs to it.
+        """
+        mask = self.of_decoder if self.encoder_decoder and _reads_decoder(layer) else self.of_input
+        if mask is None or mask.ndim != 2:
+            return None
+        if len(shape) == 2 and mask.shape[0] == shape[0] and mask.shape[1] >= shape[1]:
+            return mask[:, mask.shape[1] - shape[1] :].bool()
+        return mask.reshape(shape).bool() if mask.numel() == shape.numel() else None
+
 
 def token_masks(kwargs: dict[str, Any], encoder_decoder: bool) -> TokenMasks:
     """Read the masks from a model's keyword arguments; a decoder without one takes the labelled positions."""
@@ -91,30 +63,54 @@ def token_masks(kwargs: dict[str, Any], encoder_decoder: bool) -> TokenMasks:
     return TokenMasks(kwargs.get("attention_mask"), of_decoder, encoder_decoder)
 
 
-def mask_of_layer(masks: TokenMasks, layer: str, shape: torch.Size) -> Tensor | None:
-    """Find the mask that belongs to a layer's tokens.
-
-    Args:
-        masks: Masks of the forward pass.
-        layer: Name of the linear; tells an encoder-decoder's two sides apart.
-        shape: `[B, S]` or `[T]` of the layer's tokens.
-
-    Returns:
-        Boolean mask of that shape, or `None` if every token counts. With a key-value cache the mask is longer than the
-        input, and its end is what belongs to it.
-    """
-    mask = masks.of_decoder if masks.encoder_decoder and _reads_decoder(layer) else masks.of_input
-    if mask is None or mask.ndim != 2:
-        return None
-    if len(shape) == 2 and mask.shape[0] == shape[0] and mask.shape[1] >= shape[1]:
-        return mask[:, mask.shape[1] - shape[1] :].bool()
-    return mask.reshape(shape).bool() if mask.numel() == shape.numel() else None
-
-
 def _reads_decoder(layer: str) -> bool:
     # Keys and values of cross-attention stand in the decoder and read the encoder's tokens.
     cross_key_value = re.search(r"(EncDecAttention|encoder_attn|crossattention)\.(.*\.)?(k|v|key|value)", layer)
     return re.search(r"(^|\.)decoder\.", layer) is not None and not cross_key_value
+
+
+@dataclass(frozen=True)
+class RoutingRecord:
+    """One routing decision with what is needed to judge it.
+
+    Attributes:
+        layer: Name of the linear inside the model.
+        adapter: Name of the adapter.
+        routing: The decision, tensors `[B, S, E]` or `[T, E]`, still attached to the graph.
+        masks: Which tokens of the forward pass are real.
+    """
+
+    layer: str
+    adapter: str
+    routing: Routing
+    masks: TokenMasks
+
+    @property
+    def mask(self) -> Tensor | None:
+        """Boolean `[B, S]` or `[T]`, true for real tokens; `None` when all are."""
+        return self.masks.of_layer(self.layer, self.routing.logits.shape[:-1])
+
+
+class RoutingRecorder:
+    """Collects the records of the forward passes that run while it is attached.
+
+    Args:
+        with_grad_only: Ignore passes under `torch.no_grad()`, such as a reference model's.
+    """
+
+    def __init__(self, with_grad_only: bool) -> None:
+        self.records: list[RoutingRecord] = []
+        self._with_grad_only = with_grad_only
+        self._masks = TokenMasks()
+
+    def append(self, layer: str, adapter: str, routing: Routing) -> None:
+        """Called by a layer for each decision. Keeps references only: recomputation must run the same operations."""
+        if torch.is_grad_enabled() or not self._with_grad_only:
+            self.records.append(RoutingRecord(layer, adapter, routing, self._masks))
+
+    def note_masks(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the whole model: remember which tokens of this pass are padding."""
+        self._masks = token_masks(kwargs, bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False)))
 
 
 @contextmanager
@@ -129,14 +125,61 @@ def record_routing(model: nn.Module, with_grad_only: bool = False) -> Iterator[l
         The list that fills up, one record per linear, active adapter and forward.
     """
     recorder = RoutingRecorder(with_grad_only)
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, Records)]
+    layers = [(name, module) for name, module in model.named_modules() if hasattr(type(module), RECORDER)]
     hook = model.register_forward_pre_hook(recorder.note_masks, with_kwargs=True)
     for name, layer in layers:
         layer.routing_name = name
-        layer.routing_recorder = recorder
+        setattr(layer, RECORDER, recorder)
     try:
         yield recorder.records
     finally:
         hook.remove()
         for _, layer in layers:
-            layer.routing_recorder = None
+            setattr(layer, RECORDER, None)
+
+
+@dataclass(frozen=True)
+class StackedRouting:
+    """The decisions of several linears about the same tokens, stacked so that each statistic is one operation.
+
+    Attributes:
+        layers: Names of the linears, L of them.
+        probabilities: `[L, B, S, E]`; tokens without batch dimension count as one sequence.
+        selected: Boolean `[L, B, S, E]`.
+        threshold: Learned thresholds `[L, B, S, 1]`, or `None`.
+        mask: Boolean `[B, S]`, true for real tokens; `None` when all are.
+    """
+
+    layers: tuple[str, ...]
+    probabilities: Tensor
+    selected: Tensor
+    threshold: Tensor | None
+    mask: Tensor | None
+
+
+def stack_records(records: Iterable[RoutingRecord]) -> list[StackedRouting]:
+    """Group records of equal shape and masks, and stack each group."""
+    groups: dict[Any, list[RoutingRecord]] = {}
+    for record in records:
+        side = record.masks.encoder_decoder and _reads_decoder(record.layer)
+        groups.setdefault((record.routing.logits.shape, id(record.masks), side), []).append(record)
+    return [_stack(group) for group in groups.values()]
+
+
+def _stack(records: list[RoutingRecord]) -> StackedRouting:
+    first = records[0]
+    mask = first.mask
+    lead = (1,) if first.routing.logits.ndim == 2 else ()
+
+    def column(name: str) -> Tensor:
+        return torch.stack(
+            [getattr(record.routing, name).reshape(*lead, *first.routing.logits.shape[:-1], -1) for record in records]
+        )
+
+    return StackedRouting(
+        tuple(record.layer for record in records),
+        column("probabilities"),
+        column("selected"),
+        None if first.routing.threshold is None else column("threshold"),
+        None if mask is None else mask.reshape(*lead, *mask.shape),
+    )

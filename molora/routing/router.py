@@ -12,8 +12,13 @@ from torch import Tensor, nn
 
 def _fp32_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     # Autocast would turn this back into a 16-bit product; near-ties between experts need the full precision.
+    weight = weight.float()
+    if weight.shape[0] == 1:
+        # The product with one row rounds differently when its memory is not aligned, as in a checkpoint mapped from
+        # disk; a copy is aligned, so a reloaded adapter agrees bit for bit.
+        weight = weight.clone()
     with torch.autocast(x.device.type, enabled=False):
-        return F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+        return F.linear(x.float(), weight, None if bias is None else bias.float())
 
 
 class LinearRouter(nn.Module):

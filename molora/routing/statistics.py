@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from molora.routing.record import RoutingRecord
+from molora.routing.record import StackedRouting
 
 DEAD_BELOW = 0.1
 """An expert counts as dead when its load is below this fraction of an even share."""
@@ -31,6 +31,10 @@ class RoutingTally:
     selected: Tensor
     entropy: Tensor
     threshold: Tensor
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> RoutingTally:
+        """Apply a function to every tensor, such as a sum over processes."""
+        return RoutingTally(self.layers, fn(self.tokens), fn(self.selected), fn(self.entropy), fn(self.threshold))
 
     def __add__(self, other: RoutingTally) -> RoutingTally:
         if self.layers != other.layers:
@@ -67,32 +71,34 @@ class RoutingTally:
 
 
 @torch.no_grad()
-def tally(records: Iterable[RoutingRecord]) -> RoutingTally | None:
-    """Sum up records; several of one linear are added.
+def tally(stacks: Iterable[StackedRouting]) -> RoutingTally | None:
+    """Sum up recorded decisions; several about one linear are added.
 
     Args:
-        records: Records of one adapter whose linears have equally many experts.
+        stacks: Decisions of one adapter.
 
     Returns:
-        The tally, or `None` if there is no record.
+        The tally, or `None` if there is nothing to count.
     """
     sums: dict[str, tuple[Tensor, ...]] = {}
-    for record in records:
-        one = _sums(record)
-        before = sums.get(record.layer)
-        sums[record.layer] = one if before is None else tuple(a + b for a, b in zip(before, one, strict=True))
+    for stack in stacks:
+        for layer, *row in zip(stack.layers, *_sums(stack), strict=True):
+            before = sums.get(layer)
+            sums[layer] = tuple(row) if before is None else tuple(a + b for a, b in zip(before, row, strict=True))
     if not sums:
         return None
     tokens, selected, entropy, threshold = (torch.stack(column) for column in zip(*sums.values(), strict=True))
     return RoutingTally(tuple(sums), tokens, selected, entropy, threshold)
 
 
-def _sums(record: RoutingRecord) -> tuple[Tensor, ...]:
-    routing = record.routing
-    num_experts = routing.probabilities.shape[-1]
-    probabilities = routing.probabilities.reshape(-1, num_experts)
-    mask = probabilities.new_ones(len(probabilities)) if record.mask is None else record.mask.reshape(-1).float()
-    entropy = -torch.xlogy(probabilities, probabilities).sum(dim=-1)
-    level = mask.new_zeros(()) if routing.threshold is None else (routing.threshold.reshape(-1) * mask).sum()
-    selected = routing.selected.reshape(-1, num_experts).float()
-    return mask.sum(), (selected * mask.unsqueeze(-1)).sum(dim=0), (entropy * mask).sum(), level
+def _sums(stack: StackedRouting) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Tokens, selections, entropy and threshold summed over the tokens of each linear."""
+    probabilities = stack.probabilities
+    mask = probabilities.new_ones(probabilities.shape[1:3]) if stack.mask is None else stack.mask.float()
+    selected = (stack.selected * mask.unsqueeze(-1)).sum(dim=(1, 2))
+    entropy = -(torch.xlogy(probabilities, probabilities).sum(dim=-1) * mask).sum(dim=(1, 2))
+    tokens = mask.sum().expand(len(stack.layers))
+    level = torch.zeros_like(entropy)
+    if stack.threshold is not None:
+        level = (stack.threshold.squeeze(-1) * mask).sum(dim=(1, 2))
+    return tokens, selected, entropy, level

@@ -1,0 +1,121 @@
+"""What may follow `molora` on the command line."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+from collections.abc import Sequence
+
+from molora_cli import handlers
+
+_RUN_COMMANDS = {
+    "train": (handlers.train, "train an adapter as a run file says"),
+    "plan": (handlers.plan, "show what `train` would do, without training"),
+}
+_OVERRIDES = "keys of the run file to change: --key value, --key=value or key=value; datasets.0.max_samples=10"
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """Read the command line; the result has `handler` and that command's arguments.
+
+    Raises:
+        SystemExit: With 0 after printing help, with 2 after printing what is wrong.
+    """
+    parser, commands = _build()
+    if not words:
+        parser.print_help()
+        parser.exit(2)
+    name = words[0]
+    if not name.startswith("-") and name not in commands:
+        close = difflib.get_close_matches(name, commands, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        parser.error(f"unknown command {name!r}; the commands are {', '.join(commands)}.{hint}")
+    if name not in _RUN_COMMANDS or {"-h", "--help"} & set(words):
+        return parser.parse_args(words)
+    # argparse cannot pass unknown options through in their order, so the words of a run are read here.
+    file, overrides = split_run_words(words[1:], commands[name])
+    return argparse.Namespace(handler=_RUN_COMMANDS[name][0], file=file, overrides=overrides)
+
+
+def split_run_words(words: Sequence[str], parser: argparse.ArgumentParser) -> tuple[str, list[str]]:
+    """Split the words of a run into its file, given first or by `--config`, and the overrides."""
+    files, overrides, rest = [], [], list(words)
+    if rest and not rest[0].startswith("-") and ("=" not in rest[0] or os.path.exists(rest[0])):
+        files.append(rest.pop(0))
+    while rest:
+        word = rest.pop(0)
+        if word.startswith("--config="):
+            files.append(word.removeprefix("--config="))
+        elif word == "--config":
+            if not rest:
+                parser.error("--config needs a file.")
+            files.append(rest.pop(0))
+        else:
+            overrides.append(word)
+    if len(files) != 1:
+        parser.error(f"two files given, {files[0]} and {files[1]}." if files else "give the run file first.")
+    return files[0], overrides
+
+
+def _build() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    parser = argparse.ArgumentParser(
+        prog="molora",
+        description="Fine-tune a frozen language model with a mixture of LoRA experts.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action=_Version)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands: dict[str, argparse.ArgumentParser] = {}
+
+    def add(name: str, handler: handlers.Handler, help_text: str) -> argparse.ArgumentParser:
+        commands[name] = subparsers.add_parser(name, help=help_text, description=help_text, allow_abbrev=False)
+        commands[name].set_defaults(handler=handler)
+        return commands[name]
+
+    for name, (handler, help_text) in _RUN_COMMANDS.items():
+        run = add(name, handler, help_text)
+        run.add_argument("file", metavar="FILE", help="the run file; also --config FILE")
+        run.add_argument("overrides", nargs="*", metavar="OVERRIDE", help=_OVERRIDES)
+    generate = add("generate", handlers.generate, "let a trained adapter answer prompts")
+    generate.add_argument("directory", metavar="DIR", help="the adapter's folder")
+    generate.add_argument("--prompt", action="append", required=True, help="may be given several times")
+    generate.add_argument("--max-new-tokens", type=_count, default=64, metavar="N", help="default 64")
+    generate.add_argument("--temperature", type=_temperature, default=0.0, metavar="T", help="default 0: greedy")
+    generate.add_argument("--base-model", metavar="X", help="name or folder; default the one it was trained on")
+    inspect = add("inspect", handlers.inspect, "show what an adapter's folder holds")
+    inspect.add_argument("directory", metavar="DIR", help="the adapter's folder")
+    add("presets", handlers.presets, "list the published methods a run file can start from")
+    add("schema", handlers.schema, "print the JSON Schema of a run file")
+    add("env", handlers.env, "print versions and settings, for bug reports")
+    return parser, commands
+
+
+class _Version(argparse.Action):
+    """Print the installed version; looked up only when asked for, to keep start-up short."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str):
+        super().__init__(option_strings, dest, nargs=0, help="print the version")
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import version
+
+        print(f"molora {version('molora')}")
+        parser.exit()
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}; must be a whole number of at least 1")
+    return int(text)
+
+
+def _temperature(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"got {text!r}; must be a number of at least 0")
+    return value

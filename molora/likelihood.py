@@ -1,0 +1,110 @@
+"""Summed log-likelihood of completions after a prompt, as cheap as a forward over the distinct tokens.
+
+Each prompt is read once and its key-value cache shared by all its completions; logits are computed at the
+completions' positions only. With 20 choices a row that is several times less work than one sequence a choice.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from molora.data.collate import Side, pad_rows
+from molora.errors import MoloraError
+
+# Completion positions scored in one forward: the fp32 copy of their logits stays near 200 MB at a vocabulary of 50k.
+POSITIONS = 1024
+
+
+@dataclass(frozen=True)
+class Prompted:
+    """A prompt and the completions to score after it, as token ids."""
+
+    prompt: list[int]
+    completions: list[list[int]]
+
+
+def log_likelihoods(
+    model: Any, pad: int, rows: Sequence[Prompted], batch_size: int, tick: Callable[[int], Any]
+) -> list[list[float]]:
+    """Return, for each row, the summed log-probability of each of its completions."""
+    results: list[list[float]] = [[] for _ in rows]
+    for batch in _batches(rows, batch_size):
+        scores = _score_batch(model, pad, [rows[index] for index in batch])
+        for index in batch:
+            results[index] = [scores.pop(0) for _ in rows[index].completions]
+        tick(len(batch))
+    return results
+
+
+def _batches(rows: Sequence[Prompted], batch_size: int) -> Iterator[list[int]]:
+    """Group rows of similar length, with at most `batch_size` prompts and about `POSITIONS` completion tokens."""
+    batch: list[int] = []
+    count, longest = 0, 0
+    for index in sorted(range(len(rows)), key=lambda index: len(rows[index].prompt), reverse=True):
+        count += len(rows[index].completions)
+        longest = max(longest, *map(len, rows[index].completions))
+        if batch and (len(batch) == batch_size or count * longest > POSITIONS):
+            yield batch
+            batch, count = [], len(rows[index].completions)
+            longest = max(map(len, rows[index].completions))
+        batch.append(index)
+    yield batch
+
+
+def _score_batch(model: Any, pad: int, rows: Sequence[Prompted]) -> list[float]:
+    """Return the summed log-probability of every completion of every row, in order.
+
+    The prompts [B, P] are read once. Their cache rows are then repeated for the C completions of the batch, whose
+    tokens but the last [C, L-1] are read on top.
+    """
+    device = next(model.parameters()).device
+    ids, mask = pad_with_mask([row.prompt for row in rows], pad, "left", device)
+    output = model(
+        input_ids=ids, attention_mask=mask, position_ids=_positions(mask), use_cache=True, **_last_only(model)
+    )
+    owner = torch.tensor([index for index, row in enumerate(rows) for _ in row.completions], device=device)
+    targets, target_mask = pad_with_mask([ids for row in rows for ids in row.completions], pad, "right", device)
+    total = _token_log_probs(output.logits[:, -1:][owner], targets[:, :1])
+    if targets.shape[1] > 1:
+        if output.past_key_values is None:
+            raise MoloraError(f"{type(model).__name__} keeps no key-value cache, which scoring needs.")
+        output.past_key_values.batch_select_indices(owner)
+        read = target_mask[:, :-1]
+        positions = mask.sum(dim=1)[owner, None] + torch.arange(read.shape[1], device=device)
+        logits = model(
+            input_ids=targets[:, :-1],
+            attention_mask=torch.cat([mask[owner], read], dim=1),
+            position_ids=positions,
+            past_key_values=output.past_key_values,
+            use_cache=True,
+        ).logits
+        total = torch.cat([total, _token_log_probs(logits, targets[:, 1:])], dim=1)
+    return (total * target_mask).sum(dim=1).tolist()
+
+
+def _token_log_probs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the log-probability in fp32 of each target [C, L] under its logits [C, L, V]."""
+    logits = logits.float()
+    return logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(dim=-1)
+
+
+def pad_with_mask(
+    rows: Sequence[Sequence[int]], fill: int, side: Side, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ids and attention mask [B, S]."""
+    mask = pad_rows([[1] * len(row) for row in rows], 0, side)
+    return pad_rows(rows, fill, side).to(device), mask.to(device)
+
+
+def _positions(mask: torch.Tensor) -> torch.Tensor:
+    return (mask.cumsum(dim=1) - 1).clamp(min=0)
+
+
+def _last_only(model: Any) -> dict[str, int]:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}

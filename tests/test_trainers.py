@@ -1,0 +1,195 @@
+"""The trainers: routing losses scaled as the task loss is, nothing counted twice, resume exact."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from datasets import Dataset
+from molora.trainers import MoLoraSFTTrainer, MoLoraTrainer
+from peft import get_peft_model
+from transformers import TrainingArguments
+from trl import SFTConfig
+
+from molora import MoLoraConfig
+from molora.data.collate import TaskCollator
+
+TRAINERS = {"transformers": (MoLoraTrainer, TrainingArguments), "sft": (MoLoraSFTTrainer, SFTConfig)}
+
+
+def rows(count: int = 8, lengths: tuple[int, ...] = (5, 9, 7, 12)) -> Dataset:
+    generator = torch.Generator().manual_seed(1)
+    examples = []
+    for index in range(count):
+        ids = torch.randint(5, 90, (lengths[index % len(lengths)],), generator=generator).tolist()
+        examples.append({"input_ids": ids, "labels": [-100, -100, *ids[2:]], "task_ids": index % 2})
+    return Dataset.from_list(examples)
+
+
+def adapted(preset: str = "adamole", **overrides):
+    torch.manual_seed(0)
+    fields = {"num_experts": 4, "target_modules": "all-linear", "init_weights": False, **overrides}
+    return get_peft_model(tiny.tiny_llama(), MoLoraConfig.from_preset(preset, **fields))
+
+
+def trainer_for(kind, tmp_path, model=None, train=None, **arguments):
+    trainer_class, arguments_class = TRAINERS[kind]
+    settings = {
+        "output_dir": str(tmp_path),
+        "max_steps": 2,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+        "seed": 3,
+        **arguments,
+    }
+    tokenizer = tiny.tiny_tokenizer()
+    return trainer_class(
+        model=model or adapted(),
+        args=arguments_class(**settings),
+        train_dataset=train if train is not None else rows(),
+        processing_class=tokenizer,
+        data_collator=TaskCollator(pad_token_id=tokenizer.pad_token_id),
+    )
+
+
+def gradients(kind, tmp_path, coefficient, model=None, **arguments):
+    """Gradients of the adapter's parameters at the first optimizer step, before clipping."""
+    trainer = trainer_for(
+        kind,
+        tmp_path,
+        model or adapted(routing_losses={"load_balancing": coefficient}),
+        **{"max_steps": 1, "max_grad_norm": 0.0, **arguments},
+    )
+    caught = {}
+
+    def keep(*args, **kwargs):
+        caught.update({name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None})
+
+    trainer.create_optimizer_and_scheduler(1)
+    trainer.optimizer.register_step_pre_hook(keep)
+    trainer.train()
+    return caught
+
+
+def assert_same(a, b, **tolerance):
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+@pytest.mark.parametrize("coefficient", [0.0, 0.5])
+def test_eight_accumulated_batches_of_one_equal_one_batch_of_eight(kind, coefficient, tmp_path):
+    whole = gradients(kind, tmp_path, coefficient, per_device_train_batch_size=8)
+    accumulated = gradients(kind, tmp_path, coefficient, per_device_train_batch_size=1, gradient_accumulation_steps=8)
+    assert_same(whole, accumulated, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_routing_loss_is_averaged_not_summed_over_accumulated_batches(kind, tmp_path):
+    """Two identical micro-batches add the gradient of one, whatever the loss and its scope."""
+    losses = {"load_balancing": {"coefficient": 1.0, "scope": "batch"}}
+    settings = {"per_device_train_batch_size": 4, "train": rows(1).select([0] * 8)}
+
+    def added(**accumulation):
+        without = gradients(kind, tmp_path, 0.0, adapted("mole", routing_losses={}), **settings, **accumulation)
+        with_loss = gradients(kind, tmp_path, 0.0, adapted("mole", routing_losses=losses), **settings, **accumulation)
+        return {name: with_loss[name] - without[name] for name in without if "router" in name}
+
+    once, twice = added(), added(gradient_accumulation_steps=2)
+    assert all(gradient.abs().max() > 1e-5 for gradient in once.values())
+    assert_same(once, twice, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_gradient_checkpointing_changes_no_gradient_and_counts_nothing_twice(kind, tmp_path):
+    plain = gradients(kind, tmp_path, 0.5, per_device_train_batch_size=4)
+    again = gradients(
+        kind,
+        tmp_path,
+        0.5,
+        per_device_train_batch_size=4,
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+    )
+    assert_same(plain, again, rtol=1e-5, atol=1e-7)
+
+
+def test_reentrant_checkpointing_is_refused_because_it_would_lose_the_routing_loss(tmp_path):
+    trainer = trainer_for(
+        "transformers",
+        tmp_path,
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": True},
+    )
+    with pytest.raises(RuntimeError, match="use_reentrant"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_resuming_continues_parameter_exact(kind, tmp_path):
+    straight = trainer_for(kind, tmp_path / "straight", max_steps=4, per_device_train_batch_size=2)
+    straight.train()
+    first = trainer_for(
+        kind, tmp_path / "parts", max_steps=4, per_device_train_batch_size=2, save_strategy="steps", save_steps=2
+    )
+    first.train()
+    resumed = trainer_for(
+        kind, tmp_path / "parts", max_steps=4, per_device_train_batch_size=2, save_strategy="steps", save_steps=2
+    )
+    resumed.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-2"))
+    expected = dict(straight.model.named_parameters())
+    for name, parameter in resumed.model.named_parameters():
+        assert torch.equal(parameter, expected[name]), name
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_evaluation_loss_is_the_task_loss_alone(kind, tmp_path):
+    losses = []
+    for coefficient in (0.0, 100.0):
+        model = adapted(routing_losses={"load_balancing": coefficient})
+        losses.append(trainer_for(kind, tmp_path, model).evaluate(rows())["eval_loss"])
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_routing_is_logged_beside_the_loss(kind, tmp_path):
+    trainer = trainer_for(kind, tmp_path)
+    trainer.train()
+    logged = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    assert 1 <= logged["molora/experts_per_token"] <= 4
+    assert 0.25 <= logged["molora/load_max"] <= 1
+    assert 0 < logged["molora/router_entropy"] <= torch.tensor(4.0).log().item() + 1e-6
+    assert 0 < logged["molora/threshold_mean"] < 0.25
+    assert logged["molora/load_balancing"] >= 0.9
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_padding_does_not_count(kind, tmp_path):
+    """The gradient of a padded batch is that of the same rows one by one, without padding."""
+    padded = gradients(kind, tmp_path, 1.0, per_device_train_batch_size=4, train=rows(4))
+    single = gradients(
+        kind, tmp_path, 1.0, per_device_train_batch_size=1, gradient_accumulation_steps=4, train=rows(4)
+    )
+    assert_same(padded, single, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_task_ids_reach_the_trainer_and_not_the_model(kind, tmp_path):
+    trainer = trainer_for(kind, tmp_path, max_steps=1, per_device_train_batch_size=8)
+    trainer.train()
+    assert sorted(trainer.task_ids.tolist()) == [0, 0, 0, 0, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("preset", ["static", "lora"])
+def test_mixtures_without_a_token_router_train_too(preset, tmp_path):
+    model = adapted(preset, **({} if preset == "static" else {"num_experts": 1}))
+    before = {name: p.clone() for name, p in model.named_parameters() if p.requires_grad}
+    trainer_for("sft", tmp_path, model).train()
+    assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)

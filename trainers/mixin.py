@@ -1,0 +1,133 @@
+"""`RoutingLossMixin`: adds routing losses and routing statistics to any transformers or TRL trainer."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from molora.losses import total_loss
+from molora.routing.record import RoutingRecord, record_routing, stack_records
+from molora.routing.statistics import RoutingTally, tally
+
+TASK_IDS = "task_ids"
+"""Batch column `[B]` with the index of each row's task. Reaches the trainer, not the model."""
+
+LOG_PREFIX = "molora/"
+
+
+class RoutingLossMixin:
+    """Put first among a trainer's bases: `class MyTrainer(RoutingLossMixin, SFTTrainer)`.
+
+    The losses are those in the `routing_losses` of each active adapter's config. They are added in `compute_loss`, the
+    one place every trainer has where the forward passes have run and the backward pass has not, and only in training:
+    `eval_loss` stays the task's. Statistics are logged beside the loss under `molora/`.
+
+    Attributes:
+        task_ids: Tasks of the current batch, `[B]`, or `None` if the data has no such column.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.task_ids: Tensor | None = None
+        self._routing_tallies: dict[str, RoutingTally] = {}
+        self._routing_values: dict[str, list[Tensor]] = defaultdict(list)
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Add the routing losses to the trainer's own loss; in evaluation, change nothing.
+
+        Raises:
+            RuntimeError: If losses are configured and no layer recorded a decision that carries a gradient.
+        """
+        trainer: Any = super()
+        if not (self.model.training and torch.is_grad_enabled()):
+            return trainer.compute_loss(
+                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+            )
+        with record_routing(self.model, with_grad_only=True) as records:
+            result = trainer.compute_loss(
+                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+            )
+        loss, *outputs = result if return_outputs else (result,)
+        loss = loss + self._routing_loss(records) / self._accumulation_divisor(num_items_in_batch)
+        return (loss, *outputs) if return_outputs else loss
+
+    def _routing_loss(self, records: list[RoutingRecord]) -> Tensor | float:
+        """Sum the adapters' losses over one micro-batch, and remember their values for the log."""
+        by_adapter: dict[str, list[RoutingRecord]] = defaultdict(list)
+        for record in records:
+            by_adapter[record.adapter].append(record)
+        total: Tensor | float = 0.0
+        for adapter in self._active_adapters():
+            losses = getattr(self.model.peft_config[adapter], "routing_losses", {})
+            if adapter in by_adapter:
+                stacks = stack_records(by_adapter[adapter])
+                value, values = total_loss(stacks, losses)
+                total = total + value
+                self._remember(self._log_name(adapter, by_adapter), tally(stacks), values)
+            elif losses:
+                raise RuntimeError(
+                    f"routing_losses of adapter {adapter!r} found no routing decision that carries a gradient. With "
+                    'gradient checkpointing set gradient_checkpointing_kwargs={"use_reentrant": False}; otherwise the '
+                    "loss was computed without calling the adapted model."
+                )
+        return total
+
+    def _active_adapters(self) -> list[str]:
+        active = getattr(self.model, "active_adapters", [])
+        names = active() if callable(active) else active  # a method on transformers models, a property on PEFT's
+        return [name for name in names if name in getattr(self.model, "peft_config", {})]
+
+    def _log_name(self, adapter: str, by_adapter: dict[str, list[RoutingRecord]]) -> str:
+        return LOG_PREFIX if len(by_adapter) == 1 else f"{LOG_PREFIX}{adapter}/"
+
+    def _remember(self, prefix: str, counted: RoutingTally | None, values: dict[str, Tensor]) -> None:
+        if counted is not None:
+            before = self._routing_tallies.get(prefix)
+            self._routing_tallies[prefix] = counted if before is None else before + counted
+        for name, value in values.items():
+            self._routing_values[prefix + name].append(value)
+
+    def _accumulation_divisor(self, num_items_in_batch: Any) -> int:
+        """What a per-micro-batch mean must be divided by so that accumulation averages it.
+
+        A trainer whose own loss is already scaled for accumulation is not divided again afterwards, so the divisor is
+        ours to apply; otherwise the trainer divides the sum.
+        """
+        scaled = self.loss_is_scaled_for_ga
+        if scaled is None:
+            has_items = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            scaled = has_items or self.compute_loss_func is not None
+        return self.current_gradient_accumulation_steps if scaled else 1
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log as the trainer does, with the routing statistics since the last training log."""
+        if "loss" in logs:
+            logs = {**logs, **self._routing_metrics()}
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]  # the trainer this is mixed into
+
+    def _routing_metrics(self) -> dict[str, float]:
+        metrics: dict[str, float] = {}
+        for prefix, counted in self._routing_tallies.items():
+            total = counted.map(lambda value: self.accelerator.reduce(value, reduction="sum"))
+            metrics.update({prefix + name: value for name, value in total.metrics().items()})
+        for name, values in self._routing_values.items():
+            mean = self.accelerator.reduce(torch.stack(values).mean(), reduction="mean")
+            metrics[name] = mean.item()
+        self._routing_tallies.clear()
+        self._routing_values.clear()
+        return {name: round(value, 6) for name, value in metrics.items()}
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()  # type: ignore[misc]  # the trainer this is mixed into
+        if TASK_IDS not in self._signature_columns:
+            self._signature_columns = [*self._signature_columns, TASK_IDS]
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        inputs = super()._prepare_inputs(inputs)  # type: ignore[misc]  # the trainer this is mixed into
+        self.task_ids = inputs.pop(TASK_IDS, None) if isinstance(inputs, dict) else None
+        return inputs
