@@ -53,9 +53,9 @@ class RankMap(nn.Module):
         self.ranks = tuple(ranks)
         self.scales = tuple(scales)
         self._equal = len(set(self.ranks)) == 1 and len(set(self.scales)) == 1
-        repeats = torch.tensor(self.ranks)
-        self.register_buffer("expert", torch.arange(len(self.ranks)).repeat_interleave(repeats), persistent=False)
-        self.register_buffer("scale", torch.tensor(self.scales)[self.expert], persistent=False)
+        of_rank = [expert for expert, rank in enumerate(self.ranks) for _ in range(rank)]
+        self.register_buffer("expert", torch.tensor(of_rank), persistent=False)
+        self.register_buffer("scale", torch.tensor([self.scales[expert] for expert in of_rank]), persistent=False)
 
     @property
     def total_rank(self) -> int:
