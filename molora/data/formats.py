@@ -51,7 +51,7 @@ def examples_of(row: Row, task: str) -> list[Example]:
         DataError: The row has none of the accepted shapes, or its values contradict each other.
     """
     pairs = _prompts_and_completions(row)
-    choices, label = _choices(row, pairs[-1][1])
+    choices, label = _choices(row, *pairs[-1])
     last = len(pairs) - 1
     return [
         Example(prompt, completion, task, *((choices, label) if index == last else ()))
@@ -109,13 +109,15 @@ def _assistant_turns(messages: list[Message], start: int, where: str) -> list[tu
     return [(messages[:index], messages[index]["content"]) for index in turns]
 
 
-def _choices(row: Row, completion: str) -> tuple[tuple[str, ...], int]:
+def _choices(row: Row, prompt: list[Message] | str | None, completion: str) -> tuple[tuple[str, ...], int]:
     choices = row.values.get("choices") or ()
     # Without choices a `label` column means something else, e.g. the class id of a hub dataset.
     if not choices:
         return (), -1
     if isinstance(choices, str) or not all(isinstance(choice, str) for choice in choices):
         raise DataError(f"{row.where}: `choices` must be a list of texts.")
+    if prompt is None:
+        raise DataError(f"{row.where}: `choices` need a prompt to choose after; give `prompt` and `completion`.")
     label = row.values.get("label")
     if label is None or label == -1:
         if completion not in choices:

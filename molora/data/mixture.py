@@ -23,29 +23,43 @@ SPLIT_SUFFIXES = {".train", ".training", ".test", ".eval", ".valid", ".validatio
 
 
 class DatasetSpec(Protocol):
-    """What one entry under `datasets` in a run file says.
+    """What one entry under `datasets` in a run file says."""
 
-    Attributes:
-        path: Absolute path, or hub id.
-        name: Configuration of a hub dataset.
-        split: Split to train on, `"train"` when None.
-        task: Rows to select by their `task` column, or the task's name when the rows have no such column.
-        weight: How often an epoch goes through the rows.
-        max_samples: Train on this many rows of the entry, drawn at random.
-        eval_path: Dataset to score on; without it and `eval_split` there is no evaluation set.
-        eval_split: Split of `eval_path`, or of `path` when there is no `eval_path`.
-        eval_max_samples: Score this many rows of the entry, drawn at random.
-    """
+    @property
+    def path(self) -> str:
+        """Absolute path, or hub id."""
 
-    path: str
-    name: str | None
-    split: str | None
-    task: str | None
-    weight: float
-    max_samples: int | None
-    eval_path: str | None
-    eval_split: str | None
-    eval_max_samples: int | None
+    @property
+    def name(self) -> str | None:
+        """Configuration of a hub dataset."""
+
+    @property
+    def split(self) -> str | None:
+        """Split to train on, `"train"` when None."""
+
+    @property
+    def task(self) -> str | None:
+        """Rows to select by their `task` column, or the task's name when the rows have no such column."""
+
+    @property
+    def weight(self) -> float:
+        """How often an epoch goes through the rows."""
+
+    @property
+    def max_samples(self) -> int | None:
+        """Train on this many rows of the entry, drawn at random."""
+
+    @property
+    def eval_path(self) -> str | None:
+        """Dataset to score on; without it and `eval_split` there is no evaluation set."""
+
+    @property
+    def eval_split(self) -> str | None:
+        """Split of `eval_path`, or of `path` when there is no `eval_path`."""
+
+    @property
+    def eval_max_samples(self) -> int | None:
+        """Score this many rows of the entry, drawn at random."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +145,10 @@ def _load(
 def _load_eval(spec: DatasetSpec, trained: list[str], seed: int) -> dict[str, list[Example]]:
     if not spec.eval_path and not spec.eval_split:
         return {}
+    if not spec.eval_path and Path(spec.path).is_file():
+        raise DataError(
+            f"{spec.path}: a single file has no split {spec.eval_split!r}; name another file in `eval_path`."
+        )
     return _load(spec, spec.eval_path or spec.path, spec.eval_split, spec.eval_max_samples, seed, only=trained)
 
 

