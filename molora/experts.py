@@ -53,9 +53,13 @@ class RankMap(nn.Module):
         self.ranks = tuple(ranks)
         self.scales = tuple(scales)
         self._equal = len(set(self.ranks)) == 1 and len(set(self.scales)) == 1
+        self._fill(torch.device("cpu"))
+
+    def _fill(self, device: torch.device) -> None:
         of_rank = [expert for expert, rank in enumerate(self.ranks) for _ in range(rank)]
-        self.register_buffer("expert", torch.tensor(of_rank), persistent=False)
-        self.register_buffer("scale", torch.tensor([self.scales[expert] for expert in of_rank]), persistent=False)
+        scales = [self.scales[expert] for expert in of_rank]
+        self.register_buffer("expert", torch.tensor(of_rank, device=device), persistent=False)
+        self.register_buffer("scale", torch.tensor(scales, device=device), persistent=False)
 
     @property
     def total_rank(self) -> int:
@@ -79,9 +83,10 @@ class RankMap(nn.Module):
         return weights[..., self.expert] * self.scale
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RankMap:
-        exact = self.scale
+        # Filled anew rather than moved: a cast would round the scale, and the meta device would lose both for good, as
+        # no checkpoint brings them back.
         super()._apply(fn, recurse)
-        self.scale = exact.to(self.expert.device)
+        self._fill(torch.device("cpu") if self.expert.is_meta else self.expert.device)
         return self
 
 

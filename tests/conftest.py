@@ -7,7 +7,6 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_P
 import pytest
 import torch
 
-
 # Tiny models run fastest on one thread, and by far so on a busy machine.
 torch.set_num_threads(1)
 

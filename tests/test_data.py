@@ -97,8 +97,8 @@ def test_a_line_separator_inside_a_string_does_not_end_the_row(write):
         ("a.jsonl", '{"text": "x"}\n"y"\n', r"a\.jsonl:2: expected an object .* got str"),
         ("a.json", '[{"text": "x"}, 3]', r"a\.json: item 2: expected an object .* got int"),
         ("a.json", '[{"text": "x"},\n {]', r"a\.json: not valid JSON .* line 2"),
-        ("a.jsonl", "\n \n", r"a\.jsonl: no rows"),
-        ("a.json", "[]", r"a\.json: no rows"),
+        ("a.jsonl", "\n \n", r"a\.jsonl: the file is empty"),
+        ("a.json", "[]", r"a\.json: the file is empty"),
         ("a.docx", "x", r"files ending in '\.docx' cannot be read; known endings are \.jsonl"),
     ],
 )

@@ -188,3 +188,15 @@ def test_packed_product_equals_the_sum_over_ranks(gate):
     spread = torch.as_tensor(rank_gate).expand(6, 5)
     expected = sum(spread[:, [i]] * torch.outer(x @ a[i], b[:, i]) for i in range(5))
     torch.testing.assert_close(gated_lora(x, a, b, rank_gate), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_constants_survive_the_meta_device():
+    layer, _ = build("unequal ranks")
+    ranks = layer.molora_ranks["default"]
+    expert, scale = ranks.expert.clone(), ranks.scale.clone()
+    layer.to("meta")
+    with torch.device("meta"):
+        built, _ = build("unequal ranks")
+    for constants in (ranks, built.molora_ranks["default"], layer.to_empty(device="cpu").molora_ranks["default"]):
+        assert torch.equal(constants.expert, expert)
+        assert torch.equal(constants.scale, scale)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -59,13 +60,12 @@ def answer(
     model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int, temperature: float
 ) -> str:
     """Continue one prompt and return only what is new."""
-    if tokenizer.chat_template:
-        messages = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    else:
-        inputs = tokenizer(prompt, return_tensors="pt")
+    messages = [{"role": "user", "content": prompt}]
+    inputs: Any = (
+        tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        if tokenizer.chat_template
+        else tokenizer(prompt, return_tensors="pt")
+    )
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     output = model.generate(
         **inputs.to(model.device), max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, **sampling

@@ -35,7 +35,7 @@ def run(run_file: RunFile) -> int:
     model = adapt(run_file, base)
     console.print("Resolved configuration", style="bold")
     resolved = yaml.safe_dump(run_file.resolved(), sort_keys=False, allow_unicode=True)
-    console.print(resolved, highlight=False, markup=False)
+    console.print(resolved, highlight=False, markup=False, soft_wrap=True)
     console.print(_modules(model))
     console.print(_parameters(model))
     console.print(_memory(model, arguments, data))
@@ -129,4 +129,4 @@ def _preview(console: Console, data: RunData, tokenizer: PreTrainedTokenizerBase
         console.print(
             f"\n[bold]First row of {escape(task.name)}[/], {supervised} supervised tokens, which are in brackets ⟦⟧",
         )
-        console.print(f"{prompt}⟦{completion}⟧", highlight=False, markup=False)
+        console.print(f"{prompt}⟦{completion}⟧", highlight=False, markup=False, soft_wrap=True)

@@ -28,8 +28,10 @@ class CompactProgress(ProgressCallback):
                 return
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Print one line for a training entry; leave the rest to transformers."""
-        if not logs or "loss" not in logs:
+        """Print one line for a training entry; leave evaluations to transformers, and the summary to the end table."""
+        if not logs or "train_runtime" in logs:
+            return
+        if "loss" not in logs:
             super().on_log(args, state, control, logs=logs, **kwargs)
         elif state.is_world_process_zero and self.training_bar is not None:
             numbers = [text.format(float(logs[name])) for name, text in COLUMNS.items() if name in logs]

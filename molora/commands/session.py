@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from molora.base import ensure_pad_token, load_base, resolve_base
 from molora.data import TaskData, TokenizedTask, load_tasks, mix, tokenize_tasks
-from molora.errors import ConfigError, MoloraError, TargetModulesError
+from molora.errors import ConfigError, DataError, MoloraError, Problem, TargetModulesError
 from molora.runfile import RunFile
 
 
@@ -35,8 +36,26 @@ class RunData:
 
 
 def read_tasks(run: RunFile) -> list[TaskData]:
-    """Read the datasets of a run; needs no model, so their mistakes show first."""
-    return load_tasks(run.datasets, run.training.get("seed", 42))
+    """Read the datasets of a run; needs no model, so their mistakes show first.
+
+    Raises:
+        ConfigError: Listing every dataset that cannot be used, with the line that names it.
+    """
+    seed = run.training.get("seed", 42)
+    try:
+        return load_tasks(run.datasets, seed)
+    except DataError as error:
+        problems = [problem for index, _ in enumerate(run.datasets) for problem in _mistakes(run, index, seed)]
+        if not problems:
+            raise
+        raise ConfigError(problems, f"{run.path}: unusable data") from error
+
+
+def _mistakes(run: RunFile, index: int, seed: int) -> Iterator[Problem]:
+    try:
+        load_tasks([run.datasets[index]], seed)
+    except DataError as error:
+        yield Problem(f"datasets.{index}", str(error), run.where(f"datasets.{index}.path"))
 
 
 def tokenise(tasks: list[TaskData], tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> RunData:

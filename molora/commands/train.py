@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import warnings
 from dataclasses import asdict
 
 import yaml
@@ -32,6 +33,8 @@ def run(run_file: RunFile) -> int:
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("molora").setLevel(logging.INFO)
+    # PEFT asks transformers by the old name; nothing a user of this command could change.
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     console = Console()
     check_output_dir(run_file)
     arguments = run_file.sft_config(dataset_kwargs={"skip_prepare_dataset": True})
@@ -46,7 +49,9 @@ def run(run_file: RunFile) -> int:
         train_dataset=data.mixed(arguments.seed),
         eval_dataset={task.name: task.dataset for task in data.eval} or None,
         processing_class=tokenizer,
-        data_collator=TaskCollator(tokenizer.pad_token_id, pad_to_multiple_of=arguments.pad_to_multiple_of),
+        data_collator=TaskCollator(
+            tokenizer.pad_token_id, pad_to_multiple_of=run_file.training.get("pad_to_multiple_of")
+        ),
     )
     CompactProgress.install(trainer)
     _introduce(console, model, data)
@@ -75,6 +80,7 @@ def _introduce(console: Console, model: PeftModel, data: RunData) -> None:
         f"Training {trainable:,} of {total:,} parameters ({trainable / total:.2%}) on {rows:,} rows of "
         f"{len(data.train)} task{'s' * (len(data.train) > 1)}: {', '.join(task.name for task in data.train)}.",
         highlight=False,
+        soft_wrap=True,
     )
 
 
@@ -101,5 +107,5 @@ def _finish(
     if routing:
         console.print("\nHow each task is routed, averaged over linears")
         console.print(routing_table(routing))
-    console.print(f"\nThe adapter is in {folder}. Ask it something:", highlight=False)
-    console.print(f'  molora generate {folder} --prompt "..."', highlight=False, markup=False)
+    console.print(f"\nThe adapter is in {folder}. Ask it something:", markup=False, highlight=False, soft_wrap=True)
+    console.print(f'  molora generate {folder} --prompt "..."', markup=False, highlight=False, soft_wrap=True)

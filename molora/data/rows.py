@@ -62,7 +62,7 @@ def read_rows(path: str, *, name: str | None = None, split: str | None = None) -
         known = ", ".join([*OWN_SUFFIXES, *BUILDERS])
         raise DataError(f"{path}: files ending in {file.suffix!r} cannot be read; known endings are {known}.")
     if not rows:
-        raise DataError(f"{path}: no rows.")
+        raise DataError(f"{path}: the file is empty, it has no rows.")
     return rows
 
 

@@ -34,7 +34,8 @@ class TokenizedTask:
         dataset: Columns `input_ids`, `labels` (lists of ids) and `task_ids` (the task's index).
         supervised_tokens: Positions the loss is computed at, over all rows.
         truncated: Rows that were cut to the maximum length.
-        dropped: Rows left out because nothing in them can be learned, e.g. an empty text.
+        dropped: Rows left out because nothing in them can be learned: an empty completion, or one so long that nothing
+            of its prompt is left.
     """
 
     name: str
@@ -122,14 +123,16 @@ def _tokenize(
     for example in examples:
         prompt, completion = encode_parts(example, tokenizer)
         row = _fit(prompt, completion, max_length)
-        if count := supervised_tokens(row["labels"]):
+        # An empty answer teaches only to stop, and an answer whose whole prompt was cut away answers nothing.
+        pointless = not example.completion.strip() or (prompt and row["labels"][0] != IGNORED)
+        if (count := supervised_tokens(row["labels"])) and not pointless:
             rows.append(row)
             total += count
             truncated += len(row["labels"]) < len(prompt) + len(completion)
     if not rows:
         raise DataError(
-            f"task {name!r}: none of its {len(examples)} rows has a token to learn; "
-            f"the completions are empty or max_length={max_length} leaves none of them."
+            f"task {name!r}: none of its {len(examples)} rows has a token to learn: the completions are empty, or "
+            f"max_length={max_length} leaves nothing of the prompts."
         )
     dropped = len(examples) - len(rows)
     if truncated or dropped:

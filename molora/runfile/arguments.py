@@ -36,7 +36,9 @@ class DatasetArguments:
     name: str | None = _option(None, "Configuration of a hub dataset.")
     split: str = _option("train", "Split to train on.")
     task: str | None = _option(None, "Name of the task, for task ids and scores per task.")
-    weight: Annotated[float, Gt(0)] = _option(1.0, "How often it is drawn, relative to the other datasets.")
+    weight: Annotated[float, Gt(0)] = _option(
+        1.0, "How often an epoch goes through it: 1 is once, 2 twice, 0.5 a random half."
+    )
     max_samples: Annotated[int, Ge(1)] | None = _option(None, "Use at most so many samples.")
     eval_path: str | None = _option(None, "File, folder or hub id to evaluate on; default the same as `path`.")
     eval_split: str | None = _option(None, "Split to evaluate on.")

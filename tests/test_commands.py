@@ -1,0 +1,206 @@
+"""The commands, end to end on a tiny model, and what they say when something is wrong."""
+
+from __future__ import annotations
+
+import json
+
+import molora_cli
+import pytest
+import tiny
+import torch
+import yaml
+from peft import AutoPeftModelForCausalLM
+
+WORDS = {"colour": ["red", "blue", "green"], "animal": ["cat", "dog", "fox"]}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    tiny.tiny_llama().save_pretrained(folder)
+    tiny.tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def run_file(tmp_path, base, monkeypatch):
+    """Write a run file and its data; return a function that changes keys and writes it again."""
+    monkeypatch.chdir(tmp_path)
+    for task, words in WORDS.items():
+        for split in ("train", "test"):
+            rows = [
+                {
+                    "messages": [
+                        {"role": "user", "content": f"a {task} {index}"},
+                        {"role": "assistant", "content": words[index % 3]},
+                    ],
+                    **({"choices": words, "label": index % 3} if task == "colour" else {}),
+                }
+                for index in range(6)
+            ]
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            (tmp_path / f"{task}.{split}.jsonl").write_text(text)
+    content = {
+        "model_name_or_path": str(base),
+        "preset": "adamole",
+        "num_experts": 4,
+        "target_modules": ["q_proj", "up_proj"],
+        "datasets": [
+            {"path": f"{task}.train.jsonl", "eval_path": f"{task}.test.jsonl", "task": task} for task in WORDS
+        ],
+        "output_dir": "out",
+        "max_steps": 3,
+        "learning_rate": 0.01,
+        "logging_steps": 1,
+        "bf16": False,
+        "eval_max_new_tokens": 4,
+        "disable_tqdm": True,
+    }
+
+    def write(**changes):
+        path = tmp_path / "run.yaml"
+        path.write_text(yaml.safe_dump({**content, **changes}, sort_keys=False))
+        return str(path)
+
+    return write
+
+
+def test_train_saves_an_adapter_that_loads_anywhere_and_reports_what_it_did(run_file, tmp_path, capsys):
+    assert molora_cli.main(["train", run_file()]) == 0
+    printed = capsys.readouterr().out
+    report = json.loads((tmp_path / "out/molora_report.json").read_text())
+    for entry in report["after"]:
+        assert entry["task"] in printed
+    assert [(score["task"], score["metric"]) for score in report["after"]] == [
+        ("colour", "accuracy"),
+        ("animal", "exact_match"),
+        ("animal", "token_f1"),
+    ]
+    assert [task["task"] for task in report["routing"]] == ["colour", "animal"]
+    assert all(1 <= task["metrics"]["experts_per_token"] <= 4 for task in report["routing"])
+    model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.active_peft_config.num_experts == 4
+
+
+def test_the_resolved_run_file_reproduces_the_adapter_bit_for_bit(run_file, tmp_path):
+    from safetensors.torch import load_file
+
+    assert molora_cli.main(["train", run_file()]) == 0
+    assert molora_cli.main(["train", "out/molora_run.yaml", "--output_dir", "again"]) == 0
+    first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("out", "again"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_generate_and_inspect_use_the_saved_adapter(run_file, capsys):
+    molora_cli.main(["train", run_file(evaluate_tasks=False)])
+    capsys.readouterr()
+    assert molora_cli.main(["generate", "out", "--prompt", "a", "--prompt", "b", "--max-new-tokens", "3"]) == 0
+    assert molora_cli.main(["inspect", "out"]) == 0
+    printed = capsys.readouterr().out
+    for expected in ("4 of rank 4", "adaptive_threshold", "q_proj", "threshold nets", "no, it routes"):
+        assert expected in printed
+
+
+def test_resume_continues_from_the_last_checkpoint(run_file, tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 1, "evaluate_tasks": False}
+    molora_cli.main(["train", run_file(max_steps=2, **settings)])
+    assert molora_cli.main(["train", run_file(max_steps=3, resume_from_checkpoint=True, **settings)]) == 0
+    state = json.loads((tmp_path / "out/checkpoint-3/trainer_state.json").read_text())
+    assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1, 2, 3]
+
+
+def test_an_existing_adapter_is_trained_on(run_file, tmp_path):
+    molora_cli.main(["train", run_file(evaluate_tasks=False)])
+    more = run_file(adapter_name_or_path=str(tmp_path / "out"), output_dir="more", evaluate_tasks=False)
+    assert molora_cli.main(["train", more, "--learning_rate", "0"]) == 0
+    from safetensors.torch import load_file
+
+    before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("out", "more"))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_every_task_is_evaluated_by_itself(run_file, tmp_path):
+    settings = {"eval_strategy": "steps", "eval_steps": 3, "save_strategy": "steps", "save_steps": 3}
+    molora_cli.main(["train", run_file(evaluate_tasks=False, **settings)])
+    state = json.loads((tmp_path / "out/checkpoint-3/trainer_state.json").read_text())
+    logged = {name for entry in state["log_history"] for name in entry}
+    assert {"eval_colour_loss", "eval_animal_loss", "molora/experts_per_token"} <= logged
+
+
+def test_plan_shows_what_would_happen_and_writes_nothing(run_file, tmp_path, capsys):
+    assert molora_cli.main(["plan", run_file()]) == 0
+    printed = capsys.readouterr().out
+    for expected in ("num_experts: 4", "q_proj", "routers", "threshold nets", "optimizer", "colour", "⟦red"):
+        assert expected in printed, expected
+    assert not (tmp_path / "out").exists()
+
+
+def _empty(tmp_path):
+    (tmp_path / "colour.train.jsonl").write_text("")
+
+
+def _no_answers(tmp_path):
+    row = {"prompt": "a colour", "completion": ""}
+    (tmp_path / "colour.train.jsonl").write_text(json.dumps(row) + "\n")
+
+
+def _broken_json(tmp_path):
+    (tmp_path / "colour.train.jsonl").write_text('{"text": "a"}\n{"text": \n')
+
+
+def _other_columns(tmp_path):
+    (tmp_path / "colour.train.jsonl").write_text('{"question": "a", "reply": "b"}\n')
+
+
+def _other_tasks(tmp_path):
+    (tmp_path / "colour.train.jsonl").write_text('{"task": "colors", "text": "abc"}\n')
+
+
+MISTAKES = {
+    "empty dataset": (_empty, {}, ["run.yaml:", "colour.train.jsonl", "empty"]),
+    "nothing to learn": (_no_answers, {}, ["'colour'", "token to learn"]),
+    "too short to learn": (None, {"max_length": 2}, ["max_length=2"]),
+    "broken JSON": (_broken_json, {}, ["run.yaml:", "colour.train.jsonl:2"]),
+    "unknown columns": (_other_columns, {}, ["question", "messages"]),
+    "unknown task": (_other_tasks, {}, ["no row of task 'colour'", "colors"]),
+    "target without match": (None, {"target_modules": ["q_prj"]}, ["run.yaml:", "q_prj", "Did you mean 'q_proj'"]),
+    "model without config": (None, {"model_name_or_path": "."}, ["run.yaml:", "config.json"]),
+}
+
+
+@pytest.mark.parametrize("command", ["train", "plan"])
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_readable_message_exit_code_2_and_nothing_written(
+    mistake, command, run_file, tmp_path, capsys
+):
+    spoil, changes, fragments = MISTAKES[mistake]
+    if spoil:
+        spoil(tmp_path)
+    path = run_file(**changes)
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    assert molora_cli.main([command, path]) == 2
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    for fragment in fragments:
+        assert fragment in said, said
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+
+
+def test_a_folder_in_use_is_left_alone_unless_told_otherwise(run_file, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious.txt").write_text("keep")
+    assert molora_cli.main(["train", run_file()]) == 2
+    said = capsys.readouterr().err
+    assert all(fragment in said for fragment in ("run.yaml:", "output_dir", "overwrite"))
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["precious.txt"]
+    assert molora_cli.main(["plan", run_file()]) == 0
+    assert molora_cli.main(["train", run_file(evaluate_tasks=False), "--overwrite"]) == 0
+    assert (tmp_path / "out" / "precious.txt").read_text() == "keep"
+
+
+@pytest.mark.parametrize("arguments", [["generate", "nowhere", "--prompt", "a"], ["inspect", "nowhere"]])
+def test_a_folder_without_adapter_is_named(arguments, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert molora_cli.main(arguments) == 2
+    assert "nowhere is no folder" in capsys.readouterr().err

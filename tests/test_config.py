@@ -1,0 +1,103 @@
+"""A config that cannot work says so, all at once, with the field, the value, what is allowed and the closest match."""
+
+from __future__ import annotations
+
+import pytest
+from peft import PeftConfig
+
+from molora import ConfigError, MoLoraConfig, available_presets
+from molora.presets import PRESETS
+
+IMPOSSIBLE = {
+    "unknown field": ({"num_expert": 4}, ["num_expert", "Did you mean 'num_experts'"]),
+    "unknown name": ({"selection": "topk"}, ["selection", "'topk'", "'top_p'", "Did you mean 'top_k'"]),
+    "wrong type": ({"num_experts": "8"}, ["num_experts", "'8'", "integer"]),
+    "not a number of experts": ({"num_experts": 0}, ["num_experts", "at least 1"]),
+    "no rank": ({"r": 0}, ["r:", "0", "rank of one expert"]),
+    "ranks for other experts": ({"r": [1, 2], "num_experts": 3}, ["[1, 2]", "list of 3"]),
+    "rank pattern": ({"rank_pattern": {"q_proj": -1}}, ["rank_pattern", "'q_proj'", "-1"]),
+    "alpha": ({"lora_alpha": 0}, ["lora_alpha", "above 0"]),
+    "alpha pattern": ({"alpha_pattern": {"q_proj": "x"}}, ["alpha_pattern", "'q_proj'"]),
+    "dropout": ({"lora_dropout": 1.0}, ["lora_dropout", "[0, 1)"]),
+    "temperature": ({"temperature": 0.0}, ["temperature", "above 0"]),
+    "top-p": ({"selection": "top_p", "top_p": 1.5}, ["top_p", "(0, 1]"]),
+    "flag": ({"renormalize": "yes"}, ["renormalize", "true or false"]),
+    "more than all": ({"selection": "top_k", "top_k": 9}, ["top_k", "9 of 8"]),
+    "top-1 renormalised": ({"selection": "top_k", "top_k": 1}, ["renormalize=False", "no gradient"]),
+    "one routed expert": ({"num_experts": 1}, ["num_experts", "router='none'"]),
+    "option of another selection": ({"top_k": 2}, ["top_k", "selection='top_k'"]),
+    "threshold where there is none": (
+        {"selection": "dense", "weights": "probability_minus_threshold"},
+        ["weights", "needs a threshold"],
+    ),
+    "static threshold net": ({"router": "static"}, ["selection", "reads the input"]),
+    "no router, many experts": ({"router": "none", "selection": "dense"}, ["router", "single expert"]),
+    "loss without router": (
+        {"router": "static", "selection": "dense", "routing_losses": {"load_balancing": 1.0}},
+        ["routing_losses", "reads the input"],
+    ),
+    "unknown loss": ({"routing_losses": {"load_balance": 1.0}}, ["Did you mean 'load_balancing'"]),
+    "negative loss": ({"routing_losses": {"load_balancing": -1.0}}, ["load_balancing", "at least 0"]),
+    "unknown option of a loss": (
+        {"routing_losses": {"load_balancing": {"coefficient": 1.0, "scop": "batch"}}},
+        ["'scop'", "Did you mean 'scope'"],
+    ),
+    "no target": ({"target_modules": []}, ["target_modules", "all-linear"]),
+    "pattern without layers": ({"layers_pattern": "h"}, ["layers_pattern", "layers_to_transform"]),
+    "newer format": ({"format_version": 2}, ["format 2", "Upgrade molora"]),
+}
+
+
+@pytest.mark.parametrize("case", IMPOSSIBLE)
+def test_an_impossible_config_is_explained(case):
+    fields, fragments = IMPOSSIBLE[case]
+    with pytest.raises(ConfigError) as caught:
+        MoLoraConfig(**fields)
+    for fragment in fragments:
+        assert fragment in str(caught.value)
+
+
+def test_all_mistakes_are_reported_together():
+    with pytest.raises(ConfigError) as caught:
+        MoLoraConfig(num_experts=0, gate="soft", lora_dropout=2, routing_losses={"x": 1})
+    assert {problem.field for problem in caught.value.problems} == {
+        "num_experts",
+        "gate",
+        "lora_dropout",
+        "routing_losses",
+    }
+
+
+@pytest.mark.parametrize(
+    "fields", [{"max_threshold": 0.5}, {"selection": "threshold", "threshold": 0.3}], ids=lambda fields: str(fields)
+)
+def test_a_level_that_can_leave_tokens_without_experts_is_warned_about(fields):
+    with pytest.warns(UserWarning, match=r"above 1/num_experts = 0\.125: a token"):
+        MoLoraConfig(**fields)
+
+
+@pytest.mark.parametrize("preset", available_presets())
+def test_presets_build_and_survive_a_round_trip(preset, tmp_path):
+    config = MoLoraConfig.from_preset(preset, target_modules=["q_proj"])
+    config.save_pretrained(tmp_path)
+    assert PeftConfig.from_pretrained(tmp_path).to_dict() == {**config.to_dict(), "inference_mode": False}
+    assert "arXiv" in PRESETS[preset].__doc__ or preset == "static"
+
+
+def test_overriding_the_selection_of_a_preset_drops_what_only_the_old_one_read():
+    config = MoLoraConfig.from_preset("mole", selection="dense")
+    assert (config.selection, config.top_k) == ("dense", None)
+    assert MoLoraConfig.from_preset("adamole", selection="top_k").routing_spec().weights == "probability"
+
+
+def test_an_unknown_preset_names_the_closest():
+    with pytest.raises(ConfigError, match="Did you mean 'adamole'"):
+        MoLoraConfig.from_preset("adamol")
+
+
+def test_fields_of_a_newer_peft_are_dropped_with_its_warning_when_loading():
+    with pytest.warns(UserWarning, match="Unexpected keyword arguments"):
+        config = PeftConfig.from_peft_type(
+            peft_type="MOLORA", task_type=None, base_model_name_or_path=None, from_the_future=1
+        )
+    assert isinstance(config, MoLoraConfig)
