@@ -16,9 +16,9 @@ def train(arguments: Namespace) -> int:
     from molora.runfile import load_run_file
 
     run_file = load_run_file(arguments.file, arguments.overrides)
-    from molora.commands import train
+    from molora.commands.train import run
 
-    return train.run(run_file)
+    return run(run_file)
 
 
 def plan(arguments: Namespace) -> int:
@@ -26,16 +26,16 @@ def plan(arguments: Namespace) -> int:
     from molora.runfile import load_run_file
 
     run_file = load_run_file(arguments.file, arguments.overrides)
-    from molora.commands import plan
+    from molora.commands.plan import run
 
-    return plan.run(run_file)
+    return run(run_file)
 
 
 def generate(arguments: Namespace) -> int:
     """`molora generate`."""
-    from molora.commands import generate
+    from molora.commands.generate import run
 
-    return generate.run(
+    return run(
         arguments.directory,
         arguments.prompt,
         max_new_tokens=arguments.max_new_tokens,
@@ -46,27 +46,27 @@ def generate(arguments: Namespace) -> int:
 
 def inspect(arguments: Namespace) -> int:
     """`molora inspect`."""
-    from molora.commands import inspect
+    from molora.commands.inspect import run
 
-    return inspect.run(arguments.directory)
+    return run(arguments.directory)
 
 
 def presets(arguments: Namespace) -> int:
     """`molora presets`."""
-    from molora.commands import presets
+    from molora.commands.presets import run
 
-    return presets.run()
+    return run()
 
 
 def schema(arguments: Namespace) -> int:
     """`molora schema`."""
-    from molora.commands import schema
+    from molora.commands.schema import run
 
-    return schema.run()
+    return run()
 
 
 def env(arguments: Namespace) -> int:
     """`molora env`."""
-    from molora.commands import env
+    from molora.commands.env import run
 
-    return env.run()
+    return run()

@@ -2,12 +2,12 @@
 
 import torch
 from datasets import Dataset
-from molora.trainers import MoLoraSFTTrainer
 from peft import AutoPeftModelForCausalLM, get_peft_model
 from trl import SFTConfig
 
 from molora import MoLoraConfig  # importing molora registers the method with PEFT
 from molora.base import load_base
+from molora.trainers import MoLoraSFTTrainer
 
 model, tokenizer = load_base("smollm2-135m-instruct")  # or AutoModelForCausalLM.from_pretrained(...)
 config = MoLoraConfig.from_preset("adamole", num_experts=4, target_modules="all-linear", task_type="CAUSAL_LM")

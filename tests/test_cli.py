@@ -10,13 +10,13 @@ from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
-import molora_cli
 import pytest
-from molora_cli.arguments import parse
 
+import molora_cli
 from molora.errors import ConfigError, DataError, MergeError, Problem, TargetModulesError
 from molora.presets import PRESETS
 from molora.runfile import RunFile
+from molora_cli.arguments import parse
 
 GOOD = """\
 model_name_or_path: smollm2-135m-instruct

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 
-import molora_cli
 import pytest
 import tiny
 import torch
 import yaml
 from peft import AutoPeftModelForCausalLM
+
+import molora_cli
 
 WORDS = {"colour": ["red", "blue", "green"], "animal": ["cat", "dog", "fox"]}
 

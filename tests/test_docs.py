@@ -8,10 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import molora.trainers
 import pytest
 
 import molora
+import molora.trainers
 from molora.runfile import load_run_file
 
 ROOT = Path(__file__).parent.parent

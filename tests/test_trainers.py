@@ -6,13 +6,13 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
-from molora.trainers import MoLoraSFTTrainer, MoLoraTrainer
 from peft import get_peft_model
 from transformers import TrainingArguments
 from trl import SFTConfig
 
 from molora import MoLoraConfig
 from molora.data.collate import TaskCollator
+from molora.trainers import MoLoraSFTTrainer, MoLoraTrainer
 
 TRAINERS = {"transformers": (MoLoraTrainer, TrainingArguments), "sft": (MoLoraSFTTrainer, SFTConfig)}
 

@@ -1,7 +1,8 @@
 """TRL's supervised fine-tuning trainer with routing losses."""
 
-from molora.trainers.mixin import RoutingLossMixin
 from trl import SFTTrainer
+
+from molora.trainers.mixin import RoutingLossMixin
 
 
 class MoLoraSFTTrainer(RoutingLossMixin, SFTTrainer):

@@ -1,7 +1,8 @@
 """transformers' trainer with routing losses."""
 
-from molora.trainers.mixin import RoutingLossMixin
 from transformers import Trainer
+
+from molora.trainers.mixin import RoutingLossMixin
 
 
 class MoLoraTrainer(RoutingLossMixin, Trainer):
