@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from molora.errors import Problem, did_you_mean, one_of
 from molora.losses import LOSSES
@@ -18,8 +18,8 @@ from molora.routing import (
     WEIGHTS,
 )
 
-if TYPE_CHECKING:
-    from molora.config import MoLoraConfig
+Config = Any
+"""A `MoLoraConfig`; not imported, since its module calls the checks here."""
 
 FORMAT_VERSION = 1
 """Version of the checkpoint format: parameter names, their shapes and the fields that give them meaning."""
@@ -50,7 +50,7 @@ def _is_rank(value: object, num_experts: int) -> bool:
     return _is_int(value, 1)
 
 
-def check_types(config: MoLoraConfig) -> Iterator[Problem]:
+def check_types(config: Config) -> Iterator[Problem]:
     """Values that are wrong on their own. Nothing else is worth checking while there are any."""
     for name, allowed in NAMES.items():
         value = getattr(config, name)
@@ -83,7 +83,7 @@ def check_types(config: MoLoraConfig) -> Iterator[Problem]:
     yield from _check_options(config)
 
 
-def _check_options(config: MoLoraConfig) -> Iterator[Problem]:
+def _check_options(config: Config) -> Iterator[Problem]:
     if config.top_k is not None and not _is_int(config.top_k, 1):
         yield Problem("top_k", f"got {config.top_k!r}; must be an integer of at least 1.")
     for name in ("top_p", "threshold", "max_threshold"):
@@ -120,7 +120,7 @@ def _check_loss(name: str, setting: Any) -> Iterator[Problem]:
             yield Problem("routing_losses", f"{name}.{option}: {one_of(value, map(str, allowed[option]))}")
 
 
-def check_combination(config: MoLoraConfig) -> Iterator[Problem]:
+def check_combination(config: Config) -> Iterator[Problem]:
     """Values that are fine on their own and impossible together."""
     routed = config.router in INPUT_DEPENDENT_ROUTERS
     if config.format_version > FORMAT_VERSION:
@@ -171,7 +171,7 @@ def check_combination(config: MoLoraConfig) -> Iterator[Problem]:
     yield from _check_targets(config)
 
 
-def _check_targets(config: MoLoraConfig) -> Iterator[Problem]:
+def _check_targets(config: Config) -> Iterator[Problem]:
     if isinstance(config.target_modules, list | set) and not config.target_modules:
         yield Problem("target_modules", "got an empty list; name at least one module, or 'all-linear'.")
     if isinstance(config.target_modules, str) and config.layers_to_transform is not None:
@@ -182,7 +182,7 @@ def _check_targets(config: MoLoraConfig) -> Iterator[Problem]:
         yield Problem("layers_pattern", "has no effect without `layers_to_transform`.")
 
 
-def advice(config: MoLoraConfig) -> Iterator[str]:
+def advice(config: Config) -> Iterator[str]:
     """Sentences about choices that work but rarely as meant."""
     level = {"threshold": config.threshold, "adaptive_threshold": config.max_threshold}.get(config.selection)
     if config.gate == "softmax" and level is not None and level > 1 / config.num_experts:
