@@ -46,7 +46,7 @@ def _explained(error: Exception, debug: bool) -> int:
     """Print what went wrong and return the exit code."""
     # A command that got as far as raising one of these has imported the module.
     errors = sys.modules.get("molora.errors")
-    if errors and isinstance(error, (errors.ConfigError, errors.DataError, errors.TargetModulesError)):
+    if errors and isinstance(error, errors.MoloraError):
         print(error, file=sys.stderr)
         return 2
     lines = str(error).strip().splitlines()

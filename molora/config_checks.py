@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -24,6 +25,9 @@ Config = Any
 FORMAT_VERSION = 1
 """Version of the checkpoint format: parameter names, their shapes and the fields that give them meaning."""
 
+MIN_TEMPERATURE = 1e-4
+"""Below it, logits divided by the temperature leave the range of fp32."""
+
 NAMES: dict[str, Mapping[str, Any]] = {
     "router": ROUTERS,
     "gate": GATES,
@@ -40,8 +44,8 @@ def _is_int(value: object, minimum: int) -> bool:
 
 
 def _is_number(value: object, low: float, high: float = math.inf) -> bool:
-    """Whether `low < value <= high`."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and low < value <= high
+    """Whether `low < value <= high`, and finite."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and low < value <= high and value < math.inf
 
 
 def _is_rank(value: object, num_experts: int) -> bool:
@@ -54,8 +58,9 @@ def check_types(config: Config) -> Iterator[Problem]:
     """Values that are wrong on their own. Nothing else is worth checking while there are any."""
     for name, allowed in NAMES.items():
         value = getattr(config, name)
-        if value not in allowed and not (name == "weights" and value is None):
+        if not (isinstance(value, str) and value in allowed) and not (name == "weights" and value is None):
             yield Problem(name, one_of(value, allowed))
+    yield from _check_shapes(config)
     if not _is_int(config.num_experts, 1):
         yield Problem("num_experts", f"got {config.num_experts!r}; must be an integer of at least 1.")
     elif not _is_rank(config.r, config.num_experts):
@@ -64,23 +69,61 @@ def check_types(config: Config) -> Iterator[Problem]:
             f"got {config.r!r}; must be an integer of at least 1 (the rank of one expert), or a list of "
             f"{config.num_experts} of them, one for each of the `num_experts`.",
         )
-    else:
+    elif isinstance(config.rank_pattern, Mapping):
         for pattern, r in config.rank_pattern.items():
             if not _is_rank(r, config.num_experts):
                 yield Problem("rank_pattern", f"{pattern!r}: got {r!r}; must be a rank as in `r`.")
-    for pattern, alpha in [("", config.lora_alpha), *config.alpha_pattern.items()]:
+    alphas = config.alpha_pattern.items() if isinstance(config.alpha_pattern, Mapping) else ()
+    for pattern, alpha in [("", config.lora_alpha), *alphas]:
         if not _is_number(alpha, 0):
             name = "alpha_pattern" if pattern else "lora_alpha"
             yield Problem(name, f"{pattern!r}: " * bool(pattern) + f"got {alpha!r}; must be a number above 0.")
     if not (_is_number(config.lora_dropout, -1, 1) and 0 <= config.lora_dropout < 1):
         yield Problem("lora_dropout", f"got {config.lora_dropout!r}; must be a number in [0, 1).")
-    for name in ("temperature", "router_init_range"):
-        if not _is_number(getattr(config, name), 0):
-            yield Problem(name, f"got {getattr(config, name)!r}; must be a number above 0.")
+    for name, least in (("temperature", MIN_TEMPERATURE), ("router_init_range", 0.0)):
+        value = getattr(config, name)
+        if not (_is_number(value, 0) and value >= least):
+            yield Problem(
+                name, f"got {value!r}; must be a number " + (f"of at least {least:g}." if least else "above 0.")
+            )
     for name in ("renormalize", "use_rslora", "init_weights", "fan_in_fan_out"):
         if not isinstance(getattr(config, name), bool):
             yield Problem(name, f"got {getattr(config, name)!r}; must be true or false.")
     yield from _check_options(config)
+
+
+def _check_shapes(config: Config) -> Iterator[Problem]:
+    """Fields that PEFT reads without looking: one of the wrong kind would fail deep inside it."""
+    for name in ("target_modules", "exclude_modules"):
+        value = getattr(config, name)
+        if isinstance(value, str):
+            yield from _check_pattern(name, value)
+        elif not (value is None or _all_are(value, str)):
+            yield Problem(name, f"got {value!r}; must be a list of module names, or one regular expression.")
+    if not (config.modules_to_save is None or _all_are(config.modules_to_save, str)):
+        yield Problem("modules_to_save", f"got {config.modules_to_save!r}; must be a list of module names.")
+    layers = config.layers_to_transform
+    if not (layers is None or _is_int(layers, 0) or (_all_are(layers, int) and all(_is_int(n, 0) for n in layers))):
+        yield Problem("layers_to_transform", f"got {layers!r}; must be a layer index from 0, or a list of them.")
+    for name in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(getattr(config, name), Mapping):
+            yield Problem(name, f"got {getattr(config, name)!r}; must map module names or patterns to values.")
+            continue
+        for pattern in getattr(config, name):
+            yield from _check_pattern(name, pattern)
+    if not _is_int(config.format_version, 1):
+        yield Problem("format_version", f"got {config.format_version!r}; must be an integer of at least 1.")
+
+
+def _check_pattern(name: str, pattern: str) -> Iterator[Problem]:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        yield Problem(name, f"got {pattern!r}, which is no regular expression: {error}.")
+
+
+def _all_are(value: object, kind: type) -> bool:
+    return isinstance(value, list | tuple | set) and all(isinstance(item, kind) for item in value)
 
 
 def _check_options(config: Config) -> Iterator[Problem]:
@@ -113,8 +156,8 @@ def _check_loss(name: str, setting: Any) -> Iterator[Problem]:
         if option not in allowed:
             yield Problem(
                 "routing_losses",
-                f"{name}: unknown option {option!r}; allowed are {', '.join(sorted(allowed))}."
-                + did_you_mean(option, allowed),
+                f"{name}: unknown option {option!r}; allowed are coefficient, {', '.join(sorted(allowed))}."
+                + did_you_mean(option, ["coefficient", *allowed]),
             )
         elif value not in allowed[option]:
             yield Problem("routing_losses", f"{name}.{option}: {one_of(value, map(str, allowed[option]))}")

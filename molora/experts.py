@@ -30,6 +30,10 @@ class BankWeight(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(*shape))
 
+    def forward(self) -> Tensor:
+        """Return the matrix."""
+        return self.weight
+
     def extra_repr(self) -> str:
         """Show the shape in `print(model)`."""
         return str(tuple(self.weight.shape))

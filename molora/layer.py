@@ -26,10 +26,19 @@ from molora.experts import BankWeight, RankMap, init_bank
 from molora.kernels import gated_lora
 from molora.routing import ROUTERS, RoutingSpec, ThresholdNet, route
 from molora.routing.record import RoutingRecorder
-from molora.routing.router import init_router, init_threshold
+from molora.routing.router import autocast_enabled, init_router, init_threshold
 
 BASE_ADAPTER = "__base__"
 """In `adapter_names`, stands for the base model without any adapter."""
+
+
+def cannot_merge(adapter_name: str) -> MergeError:
+    """The refusal to merge an adapter whose gate depends on the token."""
+    return MergeError(
+        f"adapter {adapter_name!r} routes every token by itself, so no single weight reproduces it; merging would "
+        "silently change the model. Keep the adapter unmerged (it loads anywhere PEFT does after `import molora`), or "
+        "train a mergeable mixture with MoLoraConfig.from_preset('static')."
+    )
 
 
 class MoLoraLayer(BaseTunerLayer):
@@ -79,6 +88,9 @@ class MoLoraLayer(BaseTunerLayer):
             lora_alpha: After `alpha_pattern`.
             inference_mode: Create the parameters frozen.
         """
+        for container in (self.molora_router, self.molora_threshold):
+            if adapter_name in container:  # of an earlier adapter of this name, which may have routed otherwise
+                del container[adapter_name]
         ranks = RankMap(*config.bank_layout(r, lora_alpha))
         self.molora_ranks[adapter_name] = ranks
         self.molora_spec[adapter_name] = config.routing_spec()
@@ -169,9 +181,10 @@ class MoLoraLinear(nn.Module, MoLoraLayer):
         return result
 
     def _delta(self, adapter_name: str, x: Tensor) -> Tensor:
-        lora_a, lora_b = self.molora_A[adapter_name].weight, self.molora_B[adapter_name].weight
+        # Called, not read as attributes: hooks that fetch offloaded weights run before a module's forward.
+        lora_a, lora_b = self.molora_A[adapter_name](), self.molora_B[adapter_name]()
         rank_gate = self._rank_gate(adapter_name, x)
-        if not torch.is_autocast_enabled(x.device.type):
+        if not autocast_enabled(x):
             x = self._cast_input_dtype(x, lora_a.dtype)
         return gated_lora(self.molora_dropout[adapter_name](x), lora_a, lora_b, rank_gate)
 
@@ -214,11 +227,7 @@ class MoLoraLinear(nn.Module, MoLoraLayer):
             MergeError: If the gate depends on the token.
         """
         if self._is_routed(adapter_name):
-            raise MergeError(
-                f"adapter {adapter_name!r} routes every token by itself, so no single weight reproduces it; merging "
-                "would silently change the model. Keep the adapter unmerged (it loads anywhere PEFT does after "
-                "`import molora`), or train a mergeable mixture with MoLoraConfig.from_preset('static')."
-            )
+            raise cannot_merge(adapter_name)
         lora_a, lora_b = self.molora_A[adapter_name].weight, self.molora_B[adapter_name].weight
         ranks = self.molora_ranks[adapter_name]
         weights = None

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from molora.config import MoLoraConfig
 from molora.errors import TargetModulesError
-from molora.layer import MoLoraLayer, MoLoraLinear
+from molora.layer import MoLoraLayer, MoLoraLinear, cannot_merge
 from molora.row_adapters import adapters_by_row
 from molora.targets import check_targets
 
@@ -76,6 +76,33 @@ class MoLoraModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge adapters into the base weights, all of them or, if one cannot be merged, none.
+
+        Raises:
+            MergeError: If an adapter's gate depends on the token.
+        """
+        self._refuse_routed(adapter_names)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        if merge:
+            self._refuse_routed(adapter_names)
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
+    def _refuse_routed(self, adapter_names: list[str] | None) -> None:
+        # Before the first weight is touched: a layer that refuses in the middle would leave the others merged.
+        for name in adapter_names or self.active_adapters:
+            config = self.peft_config.get(name)
+            if isinstance(config, MoLoraConfig) and config.is_routed:
+                raise cannot_merge(name)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:

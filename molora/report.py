@@ -93,16 +93,16 @@ def _batches(rows: list[Any], size: int) -> list[list[Any]]:
 
 
 def routing_table(tasks: Sequence[TaskRouting]) -> Table:
-    """Lay the routing of every task out for a terminal."""
+    """Lay the routing of every task out for a terminal; `experts` is how many a token uses."""
     columns = {
-        "experts a token": "experts_per_token",
-        "largest load": "load_max",
-        "dead experts": "dead_experts",
+        "experts": "experts_per_token",
+        "max load": "load_max",
+        "dead": "dead_experts",
         "entropy": "router_entropy",
         "threshold": "threshold_mean",
     }
     table = Table("task")
-    for column in ("tokens", *columns, "unlike the others"):
+    for column in ("tokens", *columns, "distance"):
         table.add_column(column, justify="right")
     for task in tasks:
         numbers = [f"{task.metrics[metric]:.3f}" for metric in columns.values()]

@@ -152,7 +152,7 @@ def test_generate_and_inspect_pass_their_arguments_on(command: Callable[..., dic
         (ConfigError([Problem("r", "bad.", "run.yaml:3")]), 2, "invalid configuration:\n  - run.yaml:3: r: bad.\n"),
         (DataError("no rows in train.jsonl."), 2, "no rows in train.jsonl.\n"),
         (TargetModulesError("no module is called q_prj."), 2, "no module is called q_prj.\n"),
-        (MergeError("cannot merge."), 1, "molora: error: MergeError: cannot merge. (--debug shows where)\n"),
+        (MergeError("cannot merge."), 2, "cannot merge.\n"),
         (
             RuntimeError("out of memory\nmany lines"),
             1,

@@ -196,8 +196,72 @@ def test_a_folder_in_use_is_left_alone_unless_told_otherwise(run_file, tmp_path,
     assert all(fragment in said for fragment in ("run.yaml:", "output_dir", "overwrite"))
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["precious.txt"]
     assert molora_cli.main(["plan", run_file()]) == 0
+    assert "`molora train` would stop" in capsys.readouterr().out
     assert molora_cli.main(["train", run_file(evaluate_tasks=False), "--overwrite"]) == 0
     assert (tmp_path / "out" / "precious.txt").read_text() == "keep"
+
+
+def _continue(tmp_path, base, preset="adamole"):
+    """Make an adapter to continue from, without training one."""
+    from peft import LoraConfig, get_peft_model
+
+    from molora import MoLoraConfig
+
+    config = (
+        MoLoraConfig.from_preset(preset, target_modules=["q_proj"])
+        if preset
+        else LoraConfig(target_modules="all-linear")
+    )
+    get_peft_model(tiny.tiny_llama(), config).save_pretrained(tmp_path / "existing")
+
+
+NOT_CONTINUED = {
+    "a plain LoRA": (None, {}, ["run.yaml:", "adapter_name_or_path", "LORA, not MOLORA"]),
+    "other experts": ("adamole", {"num_experts": 6}, ["run.yaml:", "num_experts", "got 6", "made with 8"]),
+}
+
+
+@pytest.mark.parametrize("case", NOT_CONTINUED)
+def test_an_adapter_is_only_continued_as_what_it_is(case, run_file, tmp_path, base, capsys):
+    preset, changes, fragments = NOT_CONTINUED[case]
+    _continue(tmp_path, base, preset)
+    path = run_file(adapter_name_or_path=str(tmp_path / "existing"), **changes)
+    assert molora_cli.main(["train", path]) == 2
+    said = capsys.readouterr().err
+    assert all(fragment in said for fragment in fragments), said
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern", "exclude_modules", "modules_to_save"])
+def test_names_that_match_no_module_are_mistakes_in_a_run_file(field, run_file, capsys):
+    wrong = {"nothing_like_it": 3} if "pattern" in field else ["nothing_like_it"]
+    assert molora_cli.main(["plan", run_file(**{field: wrong})]) == 2
+    said = capsys.readouterr().err
+    assert all(fragment in said for fragment in ("run.yaml:", field, "nothing_like_it")), said
+
+
+def test_training_that_diverged_fails_and_saves_nothing(run_file, tmp_path, capsys):
+    arguments = ["--learning_rate", "1e30", "--max_grad_norm", "0", "--evaluate_tasks", "false"]
+    assert molora_cli.main(["train", run_file(), *arguments]) == 1
+    assert "training diverged" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+DAMAGE = {
+    "config": ("adapter_config.json", b"[1", "cannot be read"),
+    "format": ("adapter_config.json", b'{"peft_type": "MOLORA", "format_version": 9}', "Upgrade molora"),
+    "kind": ("adapter_config.json", b'{"peft_type": "FOO"}', "type FOO, not MOLORA"),
+    "weights": ("adapter_model.safetensors", b"nonsense", "damaged adapter_model.safetensors"),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+@pytest.mark.parametrize("command", [["inspect"], ["generate", "--prompt", "a"]])
+def test_a_damaged_adapter_is_named(what, command, tmp_path, base, capsys):
+    _continue(tmp_path, base)
+    name, content, said = DAMAGE[what]
+    (tmp_path / "existing" / name).write_bytes(content)
+    assert molora_cli.main([command[0], str(tmp_path / "existing"), *command[1:]]) == 2
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["generate", "nowhere", "--prompt", "a"], ["inspect", "nowhere"]])

@@ -8,6 +8,7 @@ import torch
 from molora.losses import load_balancing
 from molora.routing.record import RoutingRecord, TokenMasks, stack_records
 from molora.routing.route import Routing
+from molora.routing.selection import top_p
 from molora.routing.statistics import tally
 
 
@@ -83,6 +84,26 @@ def test_padding_changes_neither_loss_nor_statistics():
 
 def test_a_batch_of_nothing_but_padding_is_zero_not_nan():
     assert load_balancing(torch.full((1, 2, 4), 0.25), torch.ones(1, 2, 4).bool(), torch.zeros(1, 2).bool()) == 0
+
+
+def test_a_gate_that_underflows_stays_finite_and_keeps_one_expert():
+    probabilities = torch.full((1, 3, 4), -200.0).sigmoid()
+    selected = top_p(probabilities, 0.8)
+    assert selected.any(dim=-1).all()
+    assert torch.isfinite(load_balancing(probabilities, selected))
+
+
+def test_statistics_of_passes_through_different_linears_add_up():
+    """Layers may be dropped at random, or chosen by the data."""
+    p = torch.full((1, 2, 4), 0.25)
+
+    def passed(*layers):
+        routing = Routing(p, p, p > 0, p)
+        return tally(stack_records([RoutingRecord(name, "default", routing, TokenMasks()) for name in layers]))
+
+    total = passed("a", "b") + passed("b", "c")
+    assert dict(zip(total.layers, total.tokens.tolist(), strict=True)) == {"a": 2, "b": 4, "c": 2}
+    assert total.metrics()["experts_per_token"] == 4
 
 
 def test_statistics_of_a_known_routing():

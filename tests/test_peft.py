@@ -11,7 +11,15 @@ import sys
 import pytest
 import tiny
 import torch
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from accelerate import cpu_offload
+from peft import (
+    AutoPeftModelForCausalLM,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    inject_adapter_in_model,
+)
 from transformers import AutoModelForCausalLM
 
 from molora import MergeError, MoLoraConfig, TargetModulesError, record_routing
@@ -249,9 +257,21 @@ def test_safe_merge_finds_a_broken_adapter_and_leaves_the_base_alone():
     assert torch.equal(layer.base_layer.weight, before)
 
 
-def test_a_routed_mixture_refuses_to_merge():
-    with pytest.raises(MergeError, match="routes every token"):
-        wrap().merge_and_unload()
+@pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
+def test_a_routed_mixture_refuses_to_merge_and_leaves_no_weight_changed(merge):
+    model = wrap(preset="static")
+    model.add_adapter("routed", adapter())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(MergeError, match="'routed' routes every token"):
+        getattr(model, merge)(adapter_names=["default", "routed"])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_an_offloaded_model_gives_the_same_output():
+    model = wrap()
+    expected = logits(model)
+    cpu_offload(model, execution_device="cpu")
+    torch.testing.assert_close(logits(model), expected)
 
 
 PATTERNS = {
@@ -373,6 +393,32 @@ def test_recording_sees_every_adapted_linear_once_and_only_inside_the_block():
     with record_routing(model, with_grad_only=True) as records:
         logits(model)
     assert records == []
+
+
+def test_nested_recordings_both_hear_everything_and_a_copy_is_recorded_by_nobody():
+    model = wrap(target_modules=["q_proj"])
+    with record_routing(model) as outer:
+        with record_routing(model) as inner:
+            logits(model)
+        logits(model)
+        logits(copy.deepcopy(model))
+    assert (len(inner), len(outer)) == (2, 4)
+
+
+def test_injecting_another_method_under_the_same_name_leaves_nothing_of_the_old_one():
+    model = inject_adapter_in_model(adapter("adamole"), tiny.tiny_llama())
+    model = inject_adapter_in_model(adapter("lora"), model)
+    logits(model)
+    names = [name for name, _ in model.named_parameters() if "molora_" in name]
+    assert not [name for name in names if "router" in name or "threshold" in name]
+
+
+def test_shapes_can_be_worked_out_on_the_meta_device():
+    with torch.device("meta"):
+        base = tiny.tiny_llama()
+    model = get_peft_model(base, adapter(), low_cpu_mem_usage=True)
+    ids = torch.zeros(2, 5, dtype=torch.long, device="meta")
+    assert model(input_ids=ids).logits.shape == (2, 5, 100)
 
 
 def test_without_molora_peft_does_not_know_the_method(tmp_path):

@@ -7,7 +7,8 @@ import tiny
 import torch
 from datasets import Dataset
 from peft import get_peft_model
-from transformers import TrainingArguments
+from transformers import DataCollatorForSeq2Seq, TrainingArguments
+from transformers.trainer_pt_utils import LabelSmoother
 from trl import SFTConfig
 
 from molora import MoLoraConfig
@@ -185,6 +186,37 @@ def test_task_ids_reach_the_trainer_and_not_the_model(kind, tmp_path):
     trainer = trainer_for(kind, tmp_path, max_steps=1, per_device_train_batch_size=8)
     trainer.train()
     assert sorted(trainer.task_ids.tolist()) == [0, 0, 0, 0, 1, 1, 1, 1]
+
+
+def test_task_ids_are_taken_out_of_transformers_own_batches_too(tmp_path):
+    """Its padding collators return a mapping that is no dict."""
+    trainer = trainer_for("transformers", tmp_path, max_steps=1, per_device_train_batch_size=8)
+    trainer.data_collator = DataCollatorForSeq2Seq(tiny.tiny_tokenizer())
+    seen = []
+    trainer.model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(set(kwargs)), with_kwargs=True)
+    trainer.train()
+    assert seen
+    assert not any("task_ids" in names for names in seen)
+    assert sorted(trainer.task_ids.tolist()) == [0, 0, 0, 0, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_padding_of_a_decoder_is_found_even_when_the_trainer_keeps_the_labels(smoothing, tmp_path):
+    config = MoLoraConfig.from_preset("adamole", num_experts=4, target_modules="all-linear")
+    trainer = trainer_for("transformers", tmp_path, get_peft_model(tiny.tiny_t5(), config), max_steps=1)
+    trainer.label_smoother = LabelSmoother(smoothing) if smoothing else None
+    batch = {
+        "input_ids": torch.full((2, 4), 9),
+        "attention_mask": torch.ones(2, 4),
+        "decoder_input_ids": torch.tensor([[0, 5, 6], [0, 8, 0]]),
+        "labels": torch.tensor([[5, 6, 7], [8, -100, -100]]),
+    }
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.compute_loss(trainer.model, batch)
+    counted = trainer._routing_tallies["molora/"]
+    tokens = dict(zip(counted.layers, counted.tokens.tolist(), strict=True))
+    assert {count for name, count in tokens.items() if "decoder" in name and "SelfAttention" in name} == {4}
 
 
 @pytest.mark.parametrize("preset", ["static", "lora"])

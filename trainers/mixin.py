@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import MutableMapping
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from molora.losses import total_loss
@@ -48,7 +50,8 @@ class RoutingLossMixin:
             return trainer.compute_loss(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
-        with record_routing(self.model, with_grad_only=True) as records:
+        labels = inputs.get("labels") if isinstance(inputs, MutableMapping) else None
+        with record_routing(self.model, with_grad_only=True, labels=labels) as records:
             result = trainer.compute_loss(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
@@ -111,15 +114,26 @@ class RoutingLossMixin:
         super().log(logs, *args, **kwargs)  # type: ignore[misc]  # the trainer this is mixed into
 
     def _routing_metrics(self) -> dict[str, float]:
-        metrics: dict[str, float] = {}
-        for prefix, counted in self._routing_tallies.items():
-            total = counted.map(lambda value: self.accelerator.reduce(value, reduction="sum"))
-            metrics.update({prefix + name: value for name, value in total.metrics().items()})
-        for name, values in self._routing_values.items():
-            mean = self.accelerator.reduce(torch.stack(values).mean(), reduction="mean")
-            metrics[name] = mean.item()
+        """Take the statistics gathered since the last call, summed over processes.
+
+        Gathered as objects, since processes may have run different linears, or none, and a reduction of tensors would
+        wait for shapes that never come.
+        """
+        tallies = {prefix: counted.map(torch.Tensor.cpu) for prefix, counted in self._routing_tallies.items()}
+        means = {name: torch.stack(values).mean().item() for name, values in self._routing_values.items()}
         self._routing_tallies.clear()
         self._routing_values.clear()
+        metrics: dict[str, float] = {}
+        merged: dict[str, RoutingTally] = {}
+        by_loss: dict[str, list[float]] = defaultdict(list)
+        for their_tallies, their_means in gather_object([(tallies, means)]):
+            for prefix, counted in their_tallies.items():
+                merged[prefix] = merged[prefix] + counted if prefix in merged else counted
+            for name, mean in their_means.items():
+                by_loss[name].append(mean)
+        for prefix, counted in merged.items():
+            metrics.update({prefix + name: value for name, value in counted.metrics().items()})
+        metrics.update({name: sum(values) / len(values) for name, values in by_loss.items()})
         return {name: round(value, 6) for name, value in metrics.items()}
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -129,5 +143,6 @@ class RoutingLossMixin:
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         inputs = super()._prepare_inputs(inputs)  # type: ignore[misc]  # the trainer this is mixed into
-        self.task_ids = inputs.pop(TASK_IDS, None) if isinstance(inputs, dict) else None
+        # transformers' padding collators return a BatchEncoding, which is a mapping and no dict.
+        self.task_ids = inputs.pop(TASK_IDS, None) if isinstance(inputs, MutableMapping) else None
         return inputs

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from molora.adapters import read_adapter_config, read_adapter_tensors
 from molora.base import ensure_pad_token, load_base
 from molora.errors import ConfigError, Problem
 
@@ -26,7 +28,10 @@ def run(directory: str, prompts: list[str], *, max_new_tokens: int, temperature:
     Raises:
         ConfigError: If there is no adapter in the folder, or its base model is not known.
     """
+    # PEFT asks transformers by an old name; nothing a user of this command could change.
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     config = read_adapter_config(directory)
+    read_adapter_tensors(directory)  # a damaged file is better found before the base model is loaded
     name = base_model or config.base_model_name_or_path
     if not name:
         raise ConfigError([Problem("base_model", f"{directory} does not name its base model; pass --base-model.")])
@@ -39,20 +44,6 @@ def run(directory: str, prompts: list[str], *, max_new_tokens: int, temperature:
     for prompt in prompts:
         print(answer(model, tokenizer, prompt, max_new_tokens, temperature), flush=True)  # noqa: T201
     return 0
-
-
-def read_adapter_config(directory: str) -> PeftConfig:
-    """Read the config of an adapter folder.
-
-    Raises:
-        ConfigError: If the folder is missing or holds no PEFT adapter.
-    """
-    if not (Path(directory) / "adapter_config.json").is_file():
-        what = "holds no adapter (no adapter_config.json)" if Path(directory).is_dir() else "is no folder"
-        raise ConfigError(
-            [Problem("DIR", f"{directory} {what}; give the output_dir of `molora train`.")], "no adapter"
-        )
-    return PeftConfig.from_pretrained(directory)
 
 
 @torch.no_grad()

@@ -9,12 +9,10 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
-from safetensors import safe_open
 
-from molora.commands.generate import read_adapter_config
+from molora.adapters import read_adapter_config, read_adapter_tensors
 from molora.commands.parameters import count_by_kind
 from molora.config import MoLoraConfig
-from molora.errors import ConfigError, Problem
 from molora.evaluation import TaskScore, score_table
 from molora.report import REPORT_FILE, TaskRouting, routing_table
 
@@ -26,13 +24,7 @@ def run(directory: str) -> int:
         ConfigError: If the folder holds no molora adapter.
     """
     config = read_adapter_config(directory)
-    if not isinstance(config, MoLoraConfig):
-        raise ConfigError([Problem("DIR", f"{directory} holds a {config.peft_type} adapter, not a MOLORA one.")])
-    weights = Path(directory) / "adapter_model.safetensors"
-    if not weights.is_file():
-        raise ConfigError([Problem("DIR", f"{directory} has a config and no adapter_model.safetensors.")])
-    with safe_open(weights, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping, only keys()
+    tensors = read_adapter_tensors(directory)
     console = Console()
     console.print(_summary(config))
     console.print(_by_module(list(tensors)))
@@ -83,7 +75,11 @@ def _by_module(names: list[str]) -> Table:
 def _print_report(console: Console, path: Path) -> None:
     if not path.is_file():
         return
-    report = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        console.print(f"\n{path.name} beside the adapter is damaged and left out.", soft_wrap=True)
+        return
     if report["after"]:
         console.print("\nScores on held-out rows")
         scores = [[TaskScore(**score) for score in report[when]] for when in ("before", "after")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import defaultdict
 
 import yaml
@@ -14,10 +15,11 @@ from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig
 
 from molora.commands.parameters import count_by_kind
-from molora.commands.session import RunData, adapt, load_skeleton, read_tasks, tokenise
+from molora.commands.session import RunData, adapt, check_adapter, load_skeleton, read_tasks, tokenise
 from molora.data import format_preview
+from molora.errors import ConfigError
 from molora.layer import MoLoraLinear
-from molora.runfile import RunFile
+from molora.runfile import RunFile, check_output_dir
 
 
 def run(run_file: RunFile) -> int:
@@ -27,11 +29,14 @@ def run(run_file: RunFile) -> int:
         ConfigError: If the run file cannot be carried out as it stands.
         DataError: If a dataset cannot be used.
     """
+    # PEFT asks transformers by an old name; nothing a user of this command could change.
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     console = Console()
     arguments = run_file.sft_config()
+    check_adapter(run_file)
     tasks = read_tasks(run_file)
     base, tokenizer = load_skeleton(run_file)
-    data = tokenise(tasks, tokenizer, arguments.max_length)
+    data = tokenise(run_file, tasks, tokenizer, arguments.max_length)
     model = adapt(run_file, base)
     console.print("Resolved configuration", style="bold")
     resolved = yaml.safe_dump(run_file.resolved(), sort_keys=False, allow_unicode=True)
@@ -41,6 +46,10 @@ def run(run_file: RunFile) -> int:
     console.print(_memory(model, arguments, data))
     console.print(_datasets(data, arguments))
     _preview(console, data, tokenizer, arguments)
+    try:
+        check_output_dir(run_file)
+    except ConfigError as error:
+        console.print(f"\n`molora train` would stop here: {error}", highlight=False, markup=False, soft_wrap=True)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -10,10 +11,15 @@ from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from molora.adapters import read_adapter_config
 from molora.base import ensure_pad_token, load_base, resolve_base
+from molora.config import MoLoraConfig
 from molora.data import TaskData, TokenizedTask, load_tasks, mix, tokenize_tasks
 from molora.errors import ConfigError, DataError, MoloraError, Problem, TargetModulesError
 from molora.runfile import RunFile
+from molora.targets import check_modules_to_save
+
+_MATCHED_BY_PEFT = ("rank_pattern", "alpha_pattern", "exclude_modules")
 
 
 @dataclass(frozen=True)
@@ -58,14 +64,19 @@ def _mistakes(run: RunFile, index: int, seed: int) -> Iterator[Problem]:
         yield Problem(f"datasets.{index}", str(error), run.where(f"datasets.{index}.path"))
 
 
-def tokenise(tasks: list[TaskData], tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> RunData:
+def tokenise(
+    run: RunFile, tasks: list[TaskData], tokenizer: PreTrainedTokenizerBase, max_length: int | None
+) -> RunData:
     """Tokenise the training and evaluation rows of every task.
 
     Raises:
-        DataError: If a task has no token to learn from.
+        ConfigError: If a task has no token to learn from; points at the line of its dataset.
     """
-    train = tokenize_tasks(tasks, tokenizer, max_length)
-    return RunData(tasks, train, tokenize_tasks(tasks, tokenizer, max_length, split="eval"))
+    try:
+        train = tokenize_tasks(tasks, tokenizer, max_length)
+        return RunData(tasks, train, tokenize_tasks(tasks, tokenizer, max_length, split="eval"))
+    except DataError as error:
+        raise run.error("max_length" if run.gives("max_length") else "datasets", str(error)) from error
 
 
 def load_model(run: RunFile) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -100,20 +111,52 @@ def load_skeleton(run: RunFile) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     return skeleton.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype), tokenizer
 
 
+def check_adapter(run: RunFile) -> None:
+    """Make sure that an adapter to continue is one of molora's and is what the run file says.
+
+    Raises:
+        ConfigError: If the folder holds no molora adapter, or keys of the run file contradict it.
+    """
+    existing = run.model.adapter_name_or_path
+    if existing is None:
+        return
+    try:
+        saved = read_adapter_config(existing)
+    except ConfigError as error:
+        raise run.error("adapter_name_or_path", "; ".join(map(str, error.problems))) from error
+    problems = []
+    for field in MoLoraConfig.user_fields():
+        given, kept = getattr(run.adapter, field.name), getattr(saved, field.name)
+        # A shorthand for targets is resolved when an adapter is made, so it cannot be compared.
+        if run.gives(field.name) and field.name != "target_modules" and given != kept:
+            message = f"got {given!r}, but the adapter being continued was made with {kept!r}; leave the key out."
+            problems.append(Problem(field.name, message, run.where(field.name)))
+    if problems:
+        raise ConfigError(problems, f"{run.path} contradicts the adapter in {existing}")
+
+
 def adapt(run: RunFile, model: PreTrainedModel) -> PeftModel:
     """Put the run's adapter on the model: a fresh one, or the existing one it continues.
 
     Raises:
-        ConfigError: If `target_modules` does not match, or the existing adapter is none of molora's.
+        ConfigError: If a name in the adapter's keys matches no module.
     """
     existing = run.model.adapter_name_or_path
+    on_meta = model.device.type == "meta"
+    if existing is not None:
+        return PeftModel.from_pretrained(model, existing, is_trainable=True, low_cpu_mem_usage=on_meta)
     try:
-        if existing is None:
-            return get_peft_model(model, run.adapter, low_cpu_mem_usage=model.device.type == "meta")
-        return PeftModel.from_pretrained(model, existing, is_trainable=True)
+        check_modules_to_save(run.adapter, model)
     except TargetModulesError as error:
+        raise run.error("modules_to_save", str(error)) from error
+    try:
+        with warnings.catch_warnings():
+            # PEFT only warns when a pattern or an exclusion matches nothing; in a file it is a mistake.
+            for name in _MATCHED_BY_PEFT:
+                warnings.filterwarnings("error", message=f".*{name}")
+            return get_peft_model(model, run.adapter, low_cpu_mem_usage=on_meta)
+    except Warning as warning:
+        field = next(name for name in _MATCHED_BY_PEFT if name in str(warning))
+        raise run.error(field, str(warning)) from warning
+    except ValueError as error:
         raise run.error("target_modules", str(error)) from error
-    except (OSError, ValueError, KeyError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise run.error("adapter_name_or_path" if existing else "target_modules", str(error)) from error

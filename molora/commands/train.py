@@ -7,13 +7,14 @@ import logging
 import warnings
 from dataclasses import asdict
 
+import torch
 import yaml
 from peft import PeftModel
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from molora.commands.progress import CompactProgress
-from molora.commands.session import RunData, adapt, load_model, read_tasks, tokenise
+from molora.commands.session import RunData, adapt, check_adapter, load_model, read_tasks, tokenise
 from molora.data import TaskCollator
 from molora.evaluation import TaskScore, score_table, score_tasks
 from molora.report import REPORT_FILE, TaskRouting, routing_by_task, routing_table
@@ -38,10 +39,11 @@ def run(run_file: RunFile) -> int:
     console = Console()
     check_output_dir(run_file)
     arguments = run_file.sft_config(dataset_kwargs={"skip_prepare_dataset": True})
+    check_adapter(run_file)
     tasks = read_tasks(run_file)
     set_seed(arguments.seed)
     base, tokenizer = load_model(run_file)
-    data = tokenise(tasks, tokenizer, arguments.max_length)
+    data = tokenise(run_file, tasks, tokenizer, arguments.max_length)
     model = adapt(run_file, base)
     trainer = MoLoraSFTTrainer(
         model=model,
@@ -60,6 +62,7 @@ def run(run_file: RunFile) -> int:
         with model.disable_adapter():
             before = _score(run_file, model, tokenizer, data)
     trainer.train(resume_from_checkpoint=run_file.training.get("resume_from_checkpoint"))
+    _check_finite(model)
     trainer.save_model()
     after, routing = [], []
     if run_file.evaluation.evaluate_tasks and data.eval:
@@ -67,6 +70,16 @@ def run(run_file: RunFile) -> int:
         routing = routing_by_task(model, data.eval, trainer.data_collator)
     _finish(console, run_file, before, after, routing)
     return 0
+
+
+def _check_finite(model: PeftModel) -> None:
+    """Refuse to save what has diverged; the trainer's own log shows a loss of 0 for NaN."""
+    broken = [name for name, p in model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]
+    if broken:
+        raise RuntimeError(
+            f"training diverged: {len(broken)} parameters hold NaN or infinity, {broken[0]} first. Nothing was saved; "
+            "try a lower learning_rate, or a max_grad_norm."
+        )
 
 
 def _score(run_file: RunFile, model: PeftModel, tokenizer: PreTrainedTokenizerBase, data: RunData) -> list[TaskScore]:

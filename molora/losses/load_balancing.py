@@ -30,7 +30,8 @@ def load_balancing(
     """
     num_experts = probabilities.shape[-1]
     given = probabilities.float()
-    given = given / given.sum(dim=-1, keepdim=True)
+    tiny = torch.finfo(given.dtype).tiny  # a sigmoid gate can underflow to zero for every expert of a token
+    given = given / given.sum(dim=-1, keepdim=True).clamp(min=tiny)
     kept = selected.to(given.dtype)
     if mask is not None:
         given, kept = given * mask.unsqueeze(-1), kept * mask.unsqueeze(-1)
@@ -38,7 +39,7 @@ def load_balancing(
     if scope == "batch" and given.ndim > 1:
         given, kept = given.sum(dim=-2), kept.sum(dim=-2)  # [L, E]
     tokens = given.sum(dim=-1, keepdim=True)
-    share_given = given / tokens.clamp(min=torch.finfo(given.dtype).tiny)
+    share_given = given / tokens.clamp(min=tiny)
     share_kept = kept / kept.sum(dim=-1, keepdim=True).clamp(min=1)
     per_sequence = num_experts * (share_kept.detach() * share_given).sum(dim=-1)
     # A sequence of nothing but padding counts neither above nor below.

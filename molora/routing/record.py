@@ -48,7 +48,7 @@ class TokenMasks:
             the input, and its end is what belongs to it.
         """
         mask = self.of_decoder if self.encoder_decoder and _reads_decoder(layer) else self.of_input
-        if mask is None or mask.ndim != 2:
+        if not isinstance(mask, Tensor) or mask.ndim != 2:
             return None
         if len(shape) == 2 and mask.shape[0] == shape[0] and mask.shape[1] >= shape[1]:
             return mask[:, mask.shape[1] - shape[1] :].bool()
@@ -96,36 +96,53 @@ class RoutingRecorder:
 
     Args:
         with_grad_only: Ignore passes under `torch.no_grad()`, such as a reference model's.
+        labels: Labels of the batch, where the model is not handed them (a trainer may compute the loss itself).
+        outer: Recorder of an enclosing block, which hears of everything too.
     """
 
-    def __init__(self, with_grad_only: bool) -> None:
+    def __init__(
+        self, with_grad_only: bool = False, labels: Tensor | None = None, outer: RoutingRecorder | None = None
+    ) -> None:
         self.records: list[RoutingRecord] = []
         self._with_grad_only = with_grad_only
+        self._labels = labels
+        self._outer = outer
         self._masks = TokenMasks()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RoutingRecorder:
+        # Nobody reads the records of a copied model, and tensors of a graph cannot be copied.
+        return RoutingRecorder()
 
     def append(self, layer: str, adapter: str, routing: Routing) -> None:
         """Called by a layer for each decision. Keeps references only: recomputation must run the same operations."""
         if torch.is_grad_enabled() or not self._with_grad_only:
             self.records.append(RoutingRecord(layer, adapter, routing, self._masks))
+        if self._outer is not None:
+            self._outer.append(layer, adapter, routing)
 
     def note_masks(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the whole model: remember which tokens of this pass are padding."""
-        self._masks = token_masks(kwargs, bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False)))
+        encoder_decoder = bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False))
+        self._masks = token_masks({"labels": self._labels, **kwargs}, encoder_decoder)
 
 
 @contextmanager
-def record_routing(model: nn.Module, with_grad_only: bool = False) -> Iterator[list[RoutingRecord]]:
+def record_routing(
+    model: nn.Module, with_grad_only: bool = False, labels: Tensor | None = None
+) -> Iterator[list[RoutingRecord]]:
     """Record the routing decisions of every forward of `model` inside the block.
 
     Args:
         model: Any model that contains molora layers; call it (not a submodule) so that padding is known.
         with_grad_only: Ignore passes under `torch.no_grad()`.
+        labels: Labels `[B, S]`, if the model is not called with them; they show the padding of a decoder.
 
     Yields:
         The list that fills up, one record per linear, active adapter and forward.
     """
-    recorder = RoutingRecorder(with_grad_only)
     layers = [(name, module) for name, module in model.named_modules() if hasattr(type(module), RECORDER)]
+    outer = next((getattr(layer, RECORDER) for _, layer in layers), None)
+    recorder = RoutingRecorder(with_grad_only, labels, outer)
     hook = model.register_forward_pre_hook(recorder.note_masks, with_kwargs=True)
     for name, layer in layers:
         layer.routing_name = name
@@ -135,7 +152,7 @@ def record_routing(model: nn.Module, with_grad_only: bool = False) -> Iterator[l
     finally:
         hook.remove()
         for _, layer in layers:
-            setattr(layer, RECORDER, None)
+            setattr(layer, RECORDER, outer)
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+def autocast_enabled(x: Tensor) -> bool:
+    """Whether products of `x` run under autocast; the meta device knows none."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 def _fp32_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -17,7 +23,8 @@ def _fp32_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
         # The product with one row rounds differently when its memory is not aligned, as in a checkpoint mapped from
         # disk; a copy is aligned, so a reloaded adapter agrees bit for bit.
         weight = weight.clone()
-    with torch.autocast(x.device.type, enabled=False):
+    kind = x.device.type
+    with torch.autocast(kind, enabled=False) if autocast_enabled(x) else nullcontext():
         return F.linear(x.float(), weight, None if bias is None else bias.float())
 
 

@@ -30,8 +30,9 @@ def top_p(probabilities: Tensor, p: float) -> Tensor:
     probable expert is always kept.
     """
     ordered, order = probabilities.sort(dim=-1, descending=True)
-    share = ordered / ordered.sum(dim=-1, keepdim=True)
+    share = ordered / ordered.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(ordered.dtype).tiny)
     kept = share.cumsum(dim=-1) - share < p
+    kept = kept | (torch.arange(kept.shape[-1], device=kept.device) == 0)
     return torch.zeros_like(kept).scatter(-1, order, kept)
 
 

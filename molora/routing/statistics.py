@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -37,15 +37,14 @@ class RoutingTally:
         return RoutingTally(self.layers, fn(self.tokens), fn(self.selected), fn(self.entropy), fn(self.threshold))
 
     def __add__(self, other: RoutingTally) -> RoutingTally:
-        if self.layers != other.layers:
-            raise ValueError("cannot add tallies of different linears")
-        return RoutingTally(
-            self.layers,
-            self.tokens + other.tokens,
-            self.selected + other.selected,
-            self.entropy + other.entropy,
-            self.threshold + other.threshold,
-        )
+        # Not every pass runs every linear: layers may be dropped, or chosen by the data.
+        rows = _add_rows([self, other])
+        return _from_rows(rows)
+
+    def rows(self) -> Iterator[tuple[str, tuple[Tensor, ...]]]:
+        """Each linear's name and its sums."""
+        columns = (self.tokens, self.selected, self.entropy, self.threshold)
+        return zip(self.layers, zip(*columns, strict=True), strict=True)
 
     def load(self) -> Tensor:
         """Share of each linear's selections that fell on each expert, `[L, E]`; rows sum to one."""
@@ -80,15 +79,22 @@ def tally(stacks: Iterable[StackedRouting]) -> RoutingTally | None:
     Returns:
         The tally, or `None` if there is nothing to count.
     """
+    rows = _add_rows(RoutingTally(stack.layers, *_sums(stack)) for stack in stacks)
+    return _from_rows(rows) if rows else None
+
+
+def _add_rows(tallies: Iterable[RoutingTally]) -> dict[str, tuple[Tensor, ...]]:
     sums: dict[str, tuple[Tensor, ...]] = {}
-    for stack in stacks:
-        for layer, *row in zip(stack.layers, *_sums(stack), strict=True):
+    for counted in tallies:
+        for layer, row in counted.rows():
             before = sums.get(layer)
-            sums[layer] = tuple(row) if before is None else tuple(a + b for a, b in zip(before, row, strict=True))
-    if not sums:
-        return None
-    tokens, selected, entropy, threshold = (torch.stack(column) for column in zip(*sums.values(), strict=True))
-    return RoutingTally(tuple(sums), tokens, selected, entropy, threshold)
+            sums[layer] = row if before is None else tuple(a + b for a, b in zip(before, row, strict=True))
+    return sums
+
+
+def _from_rows(rows: dict[str, tuple[Tensor, ...]]) -> RoutingTally:
+    tokens, selected, entropy, threshold = (torch.stack(column) for column in zip(*rows.values(), strict=True))
+    return RoutingTally(tuple(rows), tokens, selected, entropy, threshold)
 
 
 def _sums(stack: StackedRouting) -> tuple[Tensor, Tensor, Tensor, Tensor]:

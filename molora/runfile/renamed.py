@@ -29,8 +29,8 @@ RENAMED: dict[str, str] = {
     "dataset_config": "belongs in the list `datasets: [{path: …, name: …}]`.",
     "dataset_train_split": "belongs in the list `datasets: [{path: …, split: …}]`.",
     "dataset_test_split": "belongs in the list `datasets: [{path: …, eval_split: …}]`.",
-    "load_in_4bit": "is not supported; molora does not adapt quantised layers yet.",
-    "load_in_8bit": "is not supported; molora does not adapt quantised layers yet.",
+    "load_in_4bit": "cannot be asked for in a run file; load the quantised model in Python and use get_peft_model.",
+    "load_in_8bit": "cannot be asked for in a run file; load the quantised model in Python and use get_peft_model.",
     # Models.
     "torch_dtype": "is now called `dtype`.",
     "model": "is called `model_name_or_path`.",

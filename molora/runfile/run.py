@@ -47,6 +47,10 @@ class RunFile:
         """Where the run writes, relative to the current directory."""
         return expand(self.training["output_dir"])
 
+    def gives(self, field: str) -> bool:
+        """Whether the file or the command line sets a top-level key."""
+        return bool(self.document.line((field,)))
+
     def where(self, field: str) -> str:
         """Say where a value came from: `file:line`, `command line`, or the file if it is a default.
 
@@ -116,6 +120,9 @@ def check_output_dir(run: RunFile) -> None:
     folder, resume = run.output_dir, run.training.get("resume_from_checkpoint")
     if folder.exists() and not folder.is_dir():
         raise run.error("output_dir", f"{os.fspath(folder)!r} is a file; name a folder.")
+    parent = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not parent.is_dir():
+        raise run.error("output_dir", f"{os.fspath(parent)!r} is a file, so no folder can be made in it.")
     if resume is True and not any(folder.glob("checkpoint-*")):
         raise run.error("resume_from_checkpoint", f"there is no checkpoint in {os.fspath(folder)!r}.")
     if isinstance(resume, str) and not expand(resume).is_dir():
