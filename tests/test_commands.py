@@ -114,7 +114,8 @@ def test_resume_continues_from_the_last_checkpoint(run_file, tmp_path):
 def test_an_existing_adapter_is_trained_on(run_file, tmp_path):
     molora_cli.main(["train", run_file(evaluate_tasks=False)])
     more = run_file(adapter_name_or_path=str(tmp_path / "out"), output_dir="more", evaluate_tasks=False)
-    assert molora_cli.main(["train", more, "--learning_rate", "0"]) == 0
+    assert molora_cli.main(["train", more, "--learning_rate", "0", "--output_dir", "more"]) == 0
+    assert yaml.safe_load((tmp_path / "more/molora_run.yaml").read_text())["num_experts"] == 4
     from safetensors.torch import load_file
 
     before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("out", "more"))

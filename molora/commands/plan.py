@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig
 
 from molora.commands.parameters import count_by_kind
-from molora.commands.session import RunData, adapt, check_adapter, load_skeleton, read_tasks, tokenise
+from molora.commands.session import RunData, adapt, load_skeleton, read_tasks, tokenise, with_existing_adapter
 from molora.data import format_preview
 from molora.errors import ConfigError
 from molora.layer import MoLoraLinear
@@ -33,7 +33,7 @@ def run(run_file: RunFile) -> int:
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     console = Console()
     arguments = run_file.sft_config()
-    check_adapter(run_file)
+    run_file = with_existing_adapter(run_file)
     tasks = read_tasks(run_file)
     base, tokenizer = load_skeleton(run_file)
     data = tokenise(run_file, tasks, tokenizer, arguments.max_length)

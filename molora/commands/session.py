@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from datasets import Dataset
@@ -111,15 +111,15 @@ def load_skeleton(run: RunFile) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     return skeleton.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype), tokenizer
 
 
-def check_adapter(run: RunFile) -> None:
-    """Make sure that an adapter to continue is one of molora's and is what the run file says.
+def with_existing_adapter(run: RunFile) -> RunFile:
+    """Return the run with the config of the adapter it continues, if it continues one.
 
     Raises:
         ConfigError: If the folder holds no molora adapter, or keys of the run file contradict it.
     """
     existing = run.model.adapter_name_or_path
     if existing is None:
-        return
+        return run
     try:
         saved = read_adapter_config(existing)
     except ConfigError as error:
@@ -133,6 +133,7 @@ def check_adapter(run: RunFile) -> None:
             problems.append(Problem(field.name, message, run.where(field.name)))
     if problems:
         raise ConfigError(problems, f"{run.path} contradicts the adapter in {existing}")
+    return replace(run, adapter=saved, preset=None)
 
 
 def adapt(run: RunFile, model: PreTrainedModel) -> PeftModel:

@@ -14,7 +14,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from molora.commands.progress import CompactProgress
-from molora.commands.session import RunData, adapt, check_adapter, load_model, read_tasks, tokenise
+from molora.commands.session import RunData, adapt, load_model, read_tasks, tokenise, with_existing_adapter
 from molora.data import TaskCollator
 from molora.evaluation import TaskScore, score_table, score_tasks
 from molora.report import REPORT_FILE, TaskRouting, routing_by_task, routing_table
@@ -39,7 +39,7 @@ def run(run_file: RunFile) -> int:
     console = Console()
     check_output_dir(run_file)
     arguments = run_file.sft_config(dataset_kwargs={"skip_prepare_dataset": True})
-    check_adapter(run_file)
+    run_file = with_existing_adapter(run_file)
     tasks = read_tasks(run_file)
     set_seed(arguments.seed)
     base, tokenizer = load_model(run_file)
