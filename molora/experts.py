@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -23,16 +24,17 @@ class BankWeight(nn.Module):
     """One packed matrix of a bank, held as `.weight`.
 
     A module and not a bare parameter, so that its name is `molora_A.<adapter>.weight`: TRL copies adapters by looking
-    for `.<adapter>.` in names, and FSDP wraps modules that own a `.weight`.
+    for `.<adapter>.` in names, and FSDP wraps modules that own a `.weight`, whose values then only exist during their
+    own forward. So does CPU offloading: multiply by calling the module, never by reading its weight.
     """
 
     def __init__(self, *shape: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(*shape))
 
-    def forward(self) -> Tensor:
-        """Return the matrix."""
-        return self.weight
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply `[..., columns]` to `[..., rows]`."""
+        return F.linear(x, self.weight)
 
     def extra_repr(self) -> str:
         """Show the shape in `print(model)`."""

@@ -181,11 +181,10 @@ class MoLoraLinear(nn.Module, MoLoraLayer):
         return result
 
     def _delta(self, adapter_name: str, x: Tensor) -> Tensor:
-        # Called, not read as attributes: hooks that fetch offloaded weights run before a module's forward.
-        lora_a, lora_b = self.molora_A[adapter_name](), self.molora_B[adapter_name]()
+        lora_a, lora_b = self.molora_A[adapter_name], self.molora_B[adapter_name]
         rank_gate = self._rank_gate(adapter_name, x)
         if not autocast_enabled(x):
-            x = self._cast_input_dtype(x, lora_a.dtype)
+            x = self._cast_input_dtype(x, lora_a.weight.dtype)
         return gated_lora(self.molora_dropout[adapter_name](x), lora_a, lora_b, rank_gate)
 
     def _rank_gate(self, adapter_name: str, x: Tensor) -> Tensor | float:
@@ -217,8 +216,7 @@ class MoLoraLinear(nn.Module, MoLoraLayer):
         return not self._is_routed(adapter_name)
 
     def _is_routed(self, adapter_name: str) -> bool:
-        # Only a router with one row per expert reads the input.
-        return adapter_name in self.molora_router and self.molora_router[adapter_name].weight.ndim > 1
+        return adapter_name in self.molora_router and self.molora_router[adapter_name].reads_input
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """The one weight an adapter adds, `[out, in]` (transposed for `Conv1D`), in the dtype of B.

@@ -104,6 +104,14 @@ class MoLoraModel(BaseTuner):
             if isinstance(config, MoLoraConfig) and config.is_routed:
                 raise cannot_merge(name)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if hasattr(new_module, "base_layer"):
+            super()._replace_module(parent, child_name, new_module, child)
+        else:
+            # Unloading puts the base layer back as it is. PEFT's default would copy the wrapper's weight over it, for
+            # trained tokens a computed tensor and no parameter.
+            setattr(parent, child_name, new_module)
+
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         # PEFT strips the name from the end of a key; ours stands right behind the container, however deep the

@@ -98,10 +98,10 @@ def routing_table(tasks: Sequence[TaskRouting]) -> Table:
         "experts": "experts_per_token",
         "max load": "load_max",
         "dead": "dead_experts",
-        "entropy": "router_entropy",
         "threshold": "threshold_mean",
     }
-    table = Table("task")
+    table = Table()
+    table.add_column("task", no_wrap=True)
     for column in ("tokens", *columns, "distance"):
         table.add_column(column, justify="right")
     for task in tasks:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import tiny
@@ -265,6 +267,27 @@ def test_a_routed_mixture_refuses_to_merge_and_leaves_no_weight_changed(merge):
     with pytest.raises(MergeError, match="'routed' routes every token"):
         getattr(model, merge)(adapter_names=["default", "routed"])
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("preset", ["adamole", "static"])
+def test_unloading_with_trained_tokens_restores_the_base_model(preset):
+    model = wrap(preset=preset, trainable_token_indices=[0, 1], target_modules=["q_proj"])
+    assert torch.equal(logits(model.unload()), logits(tiny.tiny_llama().eval()))
+
+
+@pytest.mark.parametrize("preset", ["adamole", "static"])
+def test_training_under_fsdp_with_pefts_own_wrap_policy(preset, tmp_path):
+    """Which wraps every module that owns a trainable weight, so that the weight exists only during its forward."""
+    worker = Path(__file__).parent / "fsdp_worker.py"
+    run = subprocess.run(
+        [sys.executable, str(worker), preset, str(tmp_path / "store")],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-1500:]
 
 
 def test_an_offloaded_model_gives_the_same_output():

@@ -7,22 +7,25 @@ experts' ranks. With the mixing weight of each expert repeated over its ranks (`
 
 from __future__ import annotations
 
-import torch.nn.functional as F
+from collections.abc import Callable
+
 from torch import Tensor
 
+Product = Callable[[Tensor], Tensor]
+"""Multiplies by one matrix of a bank. Called rather than read, as FSDP and offloading hold its values only then."""
 
-def gated_lora(x: Tensor, lora_a: Tensor, lora_b: Tensor, rank_gate: Tensor | float) -> Tensor:
+
+def gated_lora(x: Tensor, lora_a: Product, lora_b: Product, rank_gate: Tensor | float) -> Tensor:
     """Compute `B (rank_gate ⊙ (A x))`.
 
     Args:
-        x: Input, `[..., in]`.
-        lora_a: `[R, in]`.
-        lora_b: `[out, R]`.
+        x: Input, `[..., in]`, in the dtype of the weights unless autocast is on.
+        lora_a: Product with `A [R, in]`.
+        lora_b: Product with `B [out, R]`.
         rank_gate: Weight times scale of each rank: `[..., R]`, `[R]`, or one number for all ranks.
 
     Returns:
         `[..., out]`, in the dtype of the product (that of the weights, or autocast's).
     """
-    hidden = F.linear(x, lora_a) * rank_gate
     # An fp32 gate promotes a 16-bit hidden; without autocast the second product needs equal dtypes.
-    return F.linear(hidden.to(lora_b.dtype), lora_b)
+    return lora_b((lora_a(x) * rank_gate).to(x.dtype))

@@ -36,6 +36,8 @@ class LinearRouter(nn.Module):
         num_experts: E.
     """
 
+    reads_input = True
+
     def __init__(self, in_features: int, num_experts: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(num_experts, in_features))
@@ -53,13 +55,16 @@ class StaticRouter(nn.Module):
         num_experts: E.
     """
 
+    reads_input = False
+
     def __init__(self, in_features: int, num_experts: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(num_experts))
 
     def forward(self, x: Tensor | None = None) -> Tensor:
         """Return the logits `[E]` in fp32; they broadcast over tokens."""
-        return self.weight.float()
+        # A copy: under FSDP the weight's own memory is given up when this returns.
+        return self.weight.float().clone()
 
 
 class ThresholdNet(nn.Module):
@@ -91,10 +96,14 @@ def _zeros(weight: Tensor, std: float) -> None:
     nn.init.zeros_(weight)
 
 
-ROUTERS: dict[str, type[nn.Module] | None] = {"linear": LinearRouter, "static": StaticRouter, "none": None}
+ROUTERS: dict[str, type[LinearRouter] | type[StaticRouter] | None] = {
+    "linear": LinearRouter,
+    "static": StaticRouter,
+    "none": None,
+}
 """`none`: no router at all; the single expert always counts fully."""
 
-INPUT_DEPENDENT_ROUTERS = frozenset({"linear"})
+INPUT_DEPENDENT_ROUTERS = frozenset(name for name, router in ROUTERS.items() if router and router.reads_input)
 """Routers whose gate depends on the token; a mixture behind one of them has no single weight to merge."""
 
 ROUTER_INITS: dict[str, Callable[[Tensor, float], None]] = {
@@ -106,7 +115,7 @@ ROUTER_INITS: dict[str, Callable[[Tensor, float], None]] = {
 
 
 @torch.no_grad()
-def init_router(router: nn.Module, init: str, init_range: float) -> None:
+def init_router(router: LinearRouter | StaticRouter, init: str, init_range: float) -> None:
     """Draw the initial router weights; a static router starts at equal logits.
 
     Args:
@@ -114,11 +123,10 @@ def init_router(router: nn.Module, init: str, init_range: float) -> None:
         init: Name in `ROUTER_INITS`.
         init_range: Standard deviation of `normal`.
     """
-    weight = router.get_parameter("weight")
-    if weight.ndim == 1:
-        nn.init.zeros_(weight)
+    if router.reads_input:
+        ROUTER_INITS[init](router.weight, init_range)
     else:
-        ROUTER_INITS[init](weight, init_range)
+        nn.init.zeros_(router.weight)
 
 
 @torch.no_grad()
