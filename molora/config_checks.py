@@ -215,8 +215,6 @@ def check_combination(config: Config) -> Iterator[Problem]:
 
 
 def _check_targets(config: Config) -> Iterator[Problem]:
-    if isinstance(config.target_modules, list | set) and not config.target_modules:
-        yield Problem("target_modules", "got an empty list; name at least one module, or 'all-linear'.")
     if isinstance(config.target_modules, str) and config.layers_to_transform is not None:
         yield Problem(
             "layers_to_transform", "needs `target_modules` as a list of names, not as one regular expression."

@@ -41,7 +41,7 @@ def check_targets(config: MoLoraConfig, model: nn.Module) -> None:
         missing = [] if any(re.fullmatch(targets, name) for name in names) else [targets]
     else:
         missing = sorted(target for target in targets if not _ends_in(names, target))
-    if not missing:
+    if targets and not missing:
         return
     linears = sorted(
         {
@@ -51,7 +51,7 @@ def check_targets(config: MoLoraConfig, model: nn.Module) -> None:
         }
     )
     raise NoMatchingTargetError(
-        f"Target modules {missing} not found in the base model."
+        f"Target modules {missing or sorted(targets)} not found in the base model."
         + "".join(did_you_mean(target.rsplit(".", 1)[-1], linears) for target in missing)
         + f" Its linear layers end in: {', '.join(linears)}. A list names module endings, a string is one regular "
         "expression over full names, and 'all-linear' means all of them."

@@ -55,7 +55,6 @@ IMPOSSIBLE = {
         {"routing_losses": {"load_balancing": {"coefficient": 1.0, "scop": "batch"}}},
         ["'scop'", "Did you mean 'scope'"],
     ),
-    "no target": ({"target_modules": []}, ["target_modules", "all-linear"]),
     "pattern without layers": ({"layers_pattern": "h"}, ["layers_pattern", "layers_to_transform"]),
     "newer format": ({"format_version": 2}, ["format 2", "Upgrade molora"]),
 }

@@ -322,6 +322,7 @@ def test_targets_are_those_asked_for(case):
     ("targets", "hint"),
     [
         (["q_prj"], "Did you mean 'q_proj'"),
+        ([], "Its linear layers end in"),
         (["q_proj", "nothing_like_it"], "Its linear layers end in"),
         (r".*\.layer\.q_proj", "regular expression"),
         (["embed_tokens"], "is a Embedding"),
