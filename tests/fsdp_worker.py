@@ -33,6 +33,7 @@ def work(rank: int, preset: str, store: str) -> None:
     assert len(records) == (4 if preset == "adamole" else 0), len(records)
     logits.sum().backward()
     assert sharded.clip_grad_norm_(1.0) > 0
+    torch.distributed.barrier()  # a process that leaves first takes the other down with it
     torch.distributed.destroy_process_group()
 
 

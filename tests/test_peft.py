@@ -275,6 +275,7 @@ def test_unloading_with_trained_tokens_restores_the_base_model(preset):
     assert torch.equal(logits(model.unload()), logits(tiny.tiny_llama().eval()))
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("preset", ["adamole", "static"])
 def test_training_under_fsdp_with_pefts_own_wrap_policy(preset, tmp_path):
     """Which wraps every module that owns a trainable weight, so that the weight exists only during its forward."""
