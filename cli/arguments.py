@@ -13,6 +13,8 @@ _RUN_COMMANDS = {
     "train": (handlers.train, "train an adapter as a run file says"),
     "plan": (handlers.plan, "show what `train` would do, without training"),
 }
+_COMPOSE_OPTIONS = ("--base-model", "--adapter", "--preset", "--shots", "--select")
+_FIELDS = "fields of the adapter to change: --key value, --key=value or key=value; top_k=3"
 _OVERRIDES = "keys of the run file to change: --key value, --key=value or key=value; datasets.0.max_samples=10"
 
 
@@ -31,9 +33,14 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         close = difflib.get_close_matches(name, commands, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         parser.error(f"unknown command {name!r}; the commands are {', '.join(commands)}.{hint}")
-    if name not in _RUN_COMMANDS or {"-h", "--help"} & set(words):
+    if name not in (*_RUN_COMMANDS, "compose") or {"-h", "--help"} & set(words):
         return parser.parse_args(words)
-    # argparse cannot pass unknown options through in their order, so the words of a run are read here.
+    # argparse cannot pass unknown options through in their order, so words among which there are keys are read here.
+    if name == "compose":
+        known, overrides = split_compose_words(words[1:])
+        arguments = parser.parse_args([name, *known])
+        arguments.overrides = [*arguments.overrides, *overrides]
+        return arguments
     file, overrides = split_run_words(words[1:], commands[name])
     return argparse.Namespace(handler=_RUN_COMMANDS[name][0], file=file, overrides=overrides)
 
@@ -56,6 +63,19 @@ def split_run_words(words: Sequence[str], parser: argparse.ArgumentParser) -> tu
     if len(files) != 1:
         parser.error(f"two files given, {files[0]} and {files[1]}." if files else "give the run file first.")
     return files[0], overrides
+
+
+def split_compose_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split the words of `compose` into the folder and options of its own, and the keys of the adapter to change."""
+    known: list[str] = []
+    overrides: list[str] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        takes_next = word.startswith("-") and "=" not in word and rest and not rest[0].startswith("-")
+        is_known = word.split("=", 1)[0] in _COMPOSE_OPTIONS or not ("=" in word or word.startswith("-"))
+        (known if is_known else overrides).extend([word, rest.pop(0)] if takes_next else [word])
+    return known, overrides
 
 
 def _build() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
@@ -84,6 +104,14 @@ def _build() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser
     generate.add_argument("--max-new-tokens", type=_count, default=64, metavar="N", help="default 64")
     generate.add_argument("--temperature", type=_temperature, default=0.0, metavar="T", help="default 0: greedy")
     generate.add_argument("--base-model", metavar="X", help="name or folder; default the one it was trained on")
+    compose = add("compose", handlers.compose, "mix LoRA adapters that are already trained, without changing them")
+    compose.add_argument("directory", metavar="OUT", help="new folder for the mixture; nothing is overwritten")
+    compose.add_argument("--adapter", action="append", required=True, metavar="DIR", help="give one for each expert")
+    compose.add_argument("--base-model", metavar="X", help="name or folder; default the one the adapters name")
+    compose.add_argument("--preset", default="arrow", metavar="NAME", help="how to mix them; default arrow")
+    compose.add_argument("--shots", metavar="FILE", help="a few examples of the task, for --select and lorahub")
+    compose.add_argument("--select", type=_count, metavar="K", help="keep the K adapters that suit the examples best")
+    compose.add_argument("overrides", nargs="*", default=[], metavar="OVERRIDE", help=_FIELDS)
     inspect = add("inspect", handlers.inspect, "show what an adapter's folder holds")
     inspect.add_argument("directory", metavar="DIR", help="the adapter's folder")
     add("presets", handlers.presets, "list the published methods a run file can start from")

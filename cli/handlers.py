@@ -44,6 +44,21 @@ def generate(arguments: Namespace) -> int:
     )
 
 
+def compose(arguments: Namespace) -> int:
+    """`molora compose`."""
+    from molora.commands.compose import run
+
+    return run(
+        arguments.directory,
+        arguments.adapter,
+        base_model=arguments.base_model,
+        preset=arguments.preset,
+        overrides=arguments.overrides,
+        shots=arguments.shots,
+        select=arguments.select,
+    )
+
+
 def inspect(arguments: Namespace) -> int:
     """`molora inspect`."""
     from molora.commands.inspect import run

@@ -9,15 +9,18 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import register_peft_method
 
 from molora._version import __version__
+from molora.calls import take_routing_keywords
 from molora.config import MoLoraConfig
 from molora.errors import ConfigError, DataError, MergeError, MoloraError, TargetModulesError
 from molora.model import MoLoraModel
 from molora.peft_type import MOLORA
 from molora.presets import available_presets
+from molora.routing.inputs import routing_inputs
 from molora.routing.record import record_routing
 
 if MOLORA not in PEFT_TYPE_TO_CONFIG_MAPPING:
     register_peft_method(name="molora", config_cls=MoLoraConfig, model_cls=MoLoraModel, prefix="molora_")
+    take_routing_keywords()
 
 __all__ = [
     "ConfigError",
@@ -30,4 +33,5 @@ __all__ = [
     "__version__",
     "available_presets",
     "record_routing",
+    "routing_inputs",
 ]

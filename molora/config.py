@@ -5,17 +5,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from peft.config import PeftConfig
 
-from molora.config_checks import FORMAT_VERSION, NAMES, advice, check_combination, check_types
+from molora.config_checks import FORMAT_VERSION, NAMES, check_types
+from molora.config_rules import advice, check_combination
 from molora.errors import ConfigError, Problem, did_you_mean
-from molora.experts import expert_ranks, lora_scale
 from molora.peft_type import MOLORA
 from molora.presets import preset_fields
-from molora.routing import INPUT_DEPENDENT_ROUTERS, RoutingSpec
+from molora.routing.routers import reads
 
 
 class UnknownFieldError(ConfigError, TypeError):
@@ -24,7 +25,7 @@ class UnknownFieldError(ConfigError, TypeError):
 
 def _field(default: Any, help_text: str) -> Any:
     metadata = {"help": help_text}
-    if isinstance(default, dict):
+    if isinstance(default, dict | list):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
 
@@ -54,42 +55,99 @@ class MoLoraConfig(PeftConfig):
         'adaptive_threshold'
     """
 
+    # The experts
     r: int | list[int] = _field(4, "Rank of one expert; a list gives each expert its own.")
-    num_experts: int = _field(8, "Number of experts in each adapted linear.")
+    num_experts: int | list[int] = _field(
+        8,
+        "Number of routed experts in a module. A list goes with depth, the layers in as many equal parts.",
+    )
+    shared_experts: int = _field(0, "Further experts, behind the routed ones, that every token uses.")
+    shared_weight: str = _field("one", f"How much a shared expert counts: {_names('shared_weight')}.")
+    null_experts: int = _field(0, "Experts that do nothing, so that a token may choose fewer real ones.")
+    frozen_experts: int = _field(0, "The first so many experts are not trained.")
+    expert_layout: str = _field("separate", f"How experts share matrices: {_names('expert_layout')}.")
+    num_splits: int = _field(1, "Parts of input and output with weights of their own, for `expert_layout: factors`.")
+    num_shards: int = _field(1, "Shards a vector is put together from, for `expert_layout: shards`.")
+    pool_rank: int | None = _field(None, "Rank whose parameters the pools hold per module, for `shards`. Default r.")
+    private_rank: int = _field(0, "Ranks of each module whose shards no other one uses, for `shards`.")
+    expert_activation: str | None = _field(None, f"Between A and B: {_names('expert_activation')}. Default: nothing.")
+    expert_bias: bool = _field(False, "Add a learned bias to `A x`.")
+    freeze_A: bool = _field(False, "Keep A at its initial values.")
+    init_A: str = _field("kaiming_uniform", f"How A is drawn: {_names('init_A')}.")
+    init_A_range: float = _field(0.02, "Standard deviation of `init_A: normal`.")
+    init_weights: bool = _field(True, "True starts as an exact identity; False draws B at random, for tests.")
+    lora_alpha: float = _field(8, "Scale of an expert is `lora_alpha / r`, r its own rank.")
+    lora_dropout: float = _field(0.0, "Dropout on the input of the experts; the router sees the input undropped.")
+    use_rslora: bool = _field(False, "Scale by `lora_alpha / sqrt(r)` instead.")
+    scale_by: str = _field("expert", f"Whose rank divides `lora_alpha`: {_names('scale_by')}.")
+    imported_experts: list[dict[str, Any]] | None = _field(
+        None, "Where experts came from, their ranks and scales; written by `MoLoraConfig.from_adapters`."
+    )
+    # Where they are
     target_modules: list[str] | str | None = _field(
         None, "Modules to adapt: a list of name endings, one regular expression, or `all-linear`."
     )
     exclude_modules: list[str] | str | None = _field(None, "Modules to leave alone, as in `target_modules`.")
-    lora_alpha: float = _field(8, "Scale of an expert is `lora_alpha / r`, r its own rank.")
-    lora_dropout: float = _field(0.0, "Dropout on the input of the experts; the router sees the input undropped.")
-    use_rslora: bool = _field(False, "Scale by `lora_alpha / sqrt(r)` instead.")
-    router: str = _field("linear", f"Where the logits come from: {_names('router')}.")
-    gate: str = _field("softmax", f"How logits become probabilities: {_names('gate')}.")
-    selection: str = _field("adaptive_threshold", f"Which experts a token keeps: {_names('selection')}.")
-    weights: str | None = _field(
-        None, f"How much a kept expert counts: {_names('weights')}. Default: what the selection's paper uses."
+    expert_scope: str = _field("linear", f"What an expert belongs to: {_names('expert_scope')}.")
+    ffn_modules: list[str] = _field(
+        ["mlp", "DenseReluDense", "feed_forward", "ffn"], "Names of feed-forward blocks, for `expert_scope: ffn`."
     )
-    renormalize: bool = _field(True, "Make the weights of the kept experts sum to one.")
+    adapter_position: str = _field("parallel", f"Whether experts read input or output: {_names('adapter_position')}.")
+    depth_range: list[float] | None = _field(None, "Adapt only layers in this part of the depth, such as [0.5, 1].")
+    layers_to_transform: list[int] | int | None = _field(None, "Adapt only the layers with these indices.")
+    layers_pattern: list[str] | str | None = _field(None, "Name of the layer list, if it is not a common one.")
+    rank_pattern: dict[str, Any] = _field({}, "Module name or regular expression to the `r` used there.")
+    alpha_pattern: dict[str, Any] = _field({}, "Module name or regular expression to the `lora_alpha` used there.")
+    # The router
+    router: str = _field("linear", f"Where the logits come from: {_names('router')}.")
+    router_dim: int | None = _field(None, "Size of the router's inner space, for routers that have one.")
+    router_bias: bool = _field(False, "Bias on the logits of `linear` and `task` routers.")
+    router_input: str = _field("module", f"Whose features the router reads: {_names('router_input')}.")
+    router_level: str = _field("token", f"What is routed as one: {_names('router_level')}.")
+    router_sharing: str = _field("none", f"Which modules share a router: {_names('router_sharing')}.")
+    router_init: str = _field("kaiming_uniform", f"How a router is drawn: {_names('router_init')}.")
+    router_init_range: float = _field(0.02, "Standard deviation of `router_init: normal`.")
+    freeze_router: bool = _field(False, "Do not train routers.")
+    num_tasks: int | None = _field(None, "Number of tasks, clusters or domains, for routers that read `task_ids`.")
+    score_weight: float | None = _field(None, "Add the external `expert_scores` to the logits, this many times.")
+    # From logits to weights
+    gate: str = _field("softmax", f"How logits become probabilities: {_names('gate')}.")
     temperature: float = _field(1.0, "Divides the router logits.")
+    logit_norm: float | None = _field(None, "Standardise each token's logits over experts and scale them by this.")
+    router_noise: float = _field(0.0, "Standard deviation of Gaussian noise on the logits, in training.")
+    router_jitter: float = _field(0.0, "Multiply router features by U(1-x, 1+x) in training. `sparsemixer`: reach.")
+    selection: str = _field("adaptive_threshold", f"Which experts a token keeps: {_names('selection')}.")
     top_k: int | None = _field(None, "Experts kept by `selection: top_k`. Default 2.")
     top_p: float | None = _field(None, "Probability kept by `selection: top_p`. Default 0.8.")
     threshold: float | None = _field(None, "Least probability kept by `selection: threshold`. Default 1/num_experts.")
     max_threshold: float | None = _field(
         None, "Upper limit of the threshold learned by `selection: adaptive_threshold`. Default 1/num_experts."
     )
-    router_init: str = _field("kaiming_uniform", f"How a linear router is drawn: {_names('router_init')}.")
-    router_init_range: float = _field(0.02, "Standard deviation of `router_init: normal`.")
+    top_gap: float | None = _field(None, "Lead that makes one expert enough for `selection: top_1_or_2`. Default 0.1.")
+    expert_groups: int | None = _field(None, "Groups of experts of `selection: grouped_top_1`. Default 2.")
+    min_logit: float | None = _field(None, "Leave out experts whose logit is below this, at inference.")
+    expert_dropout: float = _field(0.0, "Share of experts whose probability is zeroed, per decision, in training.")
+    capacity_factor: float | None = _field(
+        None, "In training an expert takes at most this many times its even share of a batch's tokens."
+    )
+    balance_bias_rate: float | None = _field(
+        None, "Rank experts with a bias that molora's trainers move by this much a step, towards even load."
+    )
+    weights: str | None = _field(
+        None, f"How much a kept expert counts: {_names('weights')}. Default: what the selection's paper uses."
+    )
+    renormalize: bool = _field(True, "Make the weights of the kept experts sum to one.")
+    blend_coefficients: list[float] = _field([1.0, 1.0], "Factors of router and scores, for `weights: blend`.")
+    # Training
     routing_losses: dict[str, Any] = _field(
         {}, "Losses that molora's trainers add: name to coefficient, or to a mapping with `coefficient` and options."
     )
-    init_weights: bool = _field(True, "True starts as an exact identity; False draws B at random, for tests.")
+    routing_schedules: dict[str, Any] = _field(
+        {}, "Choices that change over training: field to a mapping with `start`, `end`, `until` and `shape`."
+    )
     bias: str = _field("none", f"Which biases of the base model are trained: {_names('bias')}.")
     fan_in_fan_out: bool = _field(False, "The base weight is stored as [in, out]; found out by itself for Conv1D.")
     modules_to_save: list[str] | None = _field(None, "Further modules to train fully and save with the adapter.")
-    layers_to_transform: list[int] | int | None = _field(None, "Adapt only the layers with these indices.")
-    layers_pattern: list[str] | str | None = _field(None, "Name of the layer list, if it is not a common one.")
-    rank_pattern: dict[str, Any] = _field({}, "Module name or regular expression to the `r` used there.")
-    alpha_pattern: dict[str, Any] = _field({}, "Module name or regular expression to the `lora_alpha` used there.")
     trainable_token_indices: list[int] | dict[str, list[int]] | None = _field(
         None, "Token indices of the embedding to train, as in PEFT."
     )
@@ -127,30 +185,33 @@ class MoLoraConfig(PeftConfig):
         internal = {entry.name for entry in dataclasses.fields(PeftConfig)} - {"task_type"} | {"format_version"}
         return tuple(entry for entry in dataclasses.fields(cls) if entry.name not in internal)
 
+    @classmethod
+    def from_adapters(cls, adapters: Sequence[str], preset: str = "arrow", **overrides: Any) -> MoLoraConfig:
+        """Build the config of a mixture of adapters that are already trained.
+
+        The experts keep their own ranks, scales and target modules. `molora.compose.compose` also loads their weights.
+
+        Args:
+            adapters: Folders of PEFT LoRA adapters, or molora adapters with one expert.
+            preset: The method that mixes them.
+            **overrides: Any field of the config; wins over the preset.
+
+        Raises:
+            ConfigError: If a folder holds no adapter that can be imported exactly, or the result is impossible.
+        """
+        from molora.compose import config_from_adapters  # reads files; a config by itself needs none of it
+
+        return config_from_adapters(cls, adapters, preset, overrides)
+
     @property
     def is_routed(self) -> bool:
-        """Whether the gate depends on the token; if so there is no single weight to merge."""
-        return self.router in INPUT_DEPENDENT_ROUTERS
+        """Whether the gate depends on what is passed in; if so there is no single weight to merge."""
+        return bool(reads(self.router)) or self.selection == "adaptive_threshold" or self.has_nonlinear_experts
 
-    def routing_spec(self) -> RoutingSpec:
-        """The routing choices with every default filled in."""
-        minus_threshold = self.selection == "adaptive_threshold"
-        return RoutingSpec(
-            gate=self.gate,
-            selection=self.selection,
-            weights=self.weights or ("probability_minus_threshold" if minus_threshold else "probability"),
-            renormalize=self.renormalize,
-            temperature=self.temperature,
-            top_k=self.top_k or 2,
-            top_p=self.top_p or 0.8,
-            threshold=self.threshold or 1 / self.num_experts,
-            max_threshold=self.max_threshold or 1 / self.num_experts,
-        )
-
-    def bank_layout(self, r: int | list[int], lora_alpha: float) -> tuple[tuple[int, ...], tuple[float, ...]]:
-        """Ranks and scales of the experts of one linear, whose `r` and `lora_alpha` the patterns may have changed."""
-        ranks = expert_ranks(r, self.num_experts)
-        return ranks, tuple(lora_scale(lora_alpha, rank, self.use_rslora) for rank in ranks)
+    @property
+    def has_nonlinear_experts(self) -> bool:
+        """Whether an expert alone is no linear map of the module's input."""
+        return bool(self.expert_activation or self.expert_bias) or self.adapter_position == "after"
 
 
 def _refuse_unknown_fields(cls: type) -> None:

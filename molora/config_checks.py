@@ -7,17 +7,11 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from molora.errors import Problem, did_you_mean, one_of
-from molora.losses import LOSSES
-from molora.routing import (
-    GATES,
-    INPUT_DEPENDENT_ROUTERS,
-    ROUTER_INITS,
-    ROUTERS,
-    SELECTION_OF_FIELD,
-    SELECTIONS,
-    WEIGHTS,
-)
+from molora.errors import Problem, one_of
+from molora.layouts import ACTIVATIONS, LAYOUTS
+from molora.losses import LOSSES, option_problem
+from molora.routing import GATES, ROUTER_INITS, ROUTERS, SELECTIONS, WEIGHTS
+from molora.routing.schedules import schedule_problems
 
 Config = Any
 """A `MoLoraConfig`; not imported, since its module calls the checks here."""
@@ -34,9 +28,22 @@ NAMES: dict[str, Mapping[str, Any]] = {
     "selection": SELECTIONS,
     "weights": WEIGHTS,
     "router_init": ROUTER_INITS,
+    "expert_layout": LAYOUTS,
+    "expert_activation": ACTIVATIONS,
+    "shared_weight": dict.fromkeys(("one", "remainder")),
+    "init_A": dict.fromkeys(("kaiming_uniform", "normal", "sparse_normal")),
+    "scale_by": dict.fromkeys(("expert", "total")),
+    "expert_scope": dict.fromkeys(("linear", "ffn", "block")),
+    "adapter_position": dict.fromkeys(("parallel", "after")),
+    "router_input": dict.fromkeys(("module", "base")),
+    "router_level": dict.fromkeys(("token", "sequence")),
+    "router_sharing": dict.fromkeys(("none", "block", "model", "weights")),
     "bias": dict.fromkeys(("none", "all", "molora_only")),
 }
 """Fields that take one of a closed set of names."""
+
+OPTIONAL_NAMES = ("weights", "expert_activation")
+"""Those of them that may be left out."""
 
 
 def _is_int(value: object, minimum: int) -> bool:
@@ -48,9 +55,10 @@ def _is_number(value: object, low: float, high: float = math.inf) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and low < value <= high and value < math.inf
 
 
-def _is_rank(value: object, num_experts: int) -> bool:
+def _is_rank(value: object, length: int | None) -> bool:
+    """Whether a value is a rank, or a list of as many as there are experts in the bank."""
     if isinstance(value, list | tuple):
-        return len(value) == num_experts and all(_is_int(r, 1) for r in value)
+        return len(value) == length and all(_is_int(r, 1) for r in value)
     return _is_int(value, 1)
 
 
@@ -58,21 +66,10 @@ def check_types(config: Config) -> Iterator[Problem]:
     """Values that are wrong on their own. Nothing else is worth checking while there are any."""
     for name, allowed in NAMES.items():
         value = getattr(config, name)
-        if not (isinstance(value, str) and value in allowed) and not (name == "weights" and value is None):
+        if not (isinstance(value, str) and value in allowed) and not (name in OPTIONAL_NAMES and value is None):
             yield Problem(name, one_of(value, allowed))
     yield from _check_shapes(config)
-    if not _is_int(config.num_experts, 1):
-        yield Problem("num_experts", f"got {config.num_experts!r}; must be an integer of at least 1.")
-    elif not _is_rank(config.r, config.num_experts):
-        yield Problem(
-            "r",
-            f"got {config.r!r}; must be an integer of at least 1 (the rank of one expert), or a list of "
-            f"{config.num_experts} of them, one for each of the `num_experts`.",
-        )
-    elif isinstance(config.rank_pattern, Mapping):
-        for pattern, r in config.rank_pattern.items():
-            if not _is_rank(r, config.num_experts):
-                yield Problem("rank_pattern", f"{pattern!r}: got {r!r}; must be a rank as in `r`.")
+    yield from _check_ranks(config)
     alphas = config.alpha_pattern.items() if isinstance(config.alpha_pattern, Mapping) else ()
     for pattern, alpha in [("", config.lora_alpha), *alphas]:
         if not _is_number(alpha, 0):
@@ -86,10 +83,110 @@ def check_types(config: Config) -> Iterator[Problem]:
             yield Problem(
                 name, f"got {value!r}; must be a number " + (f"of at least {least:g}." if least else "above 0.")
             )
-    for name in ("renormalize", "use_rslora", "init_weights", "fan_in_fan_out"):
+    for name in _FLAGS:
         if not isinstance(getattr(config, name), bool):
             yield Problem(name, f"got {getattr(config, name)!r}; must be true or false.")
+    yield from _check_numbers(config)
     yield from _check_options(config)
+
+
+def _check_ranks(config: Config) -> Iterator[Problem]:
+    """Numbers of experts and their ranks."""
+    numbers = config.num_experts if isinstance(config.num_experts, list | tuple) else [config.num_experts]
+    if not numbers or not all(_is_int(number, 1) for number in numbers):
+        yield Problem(
+            "num_experts",
+            f"got {config.num_experts!r}; must be an integer of at least 1, or a list of them that goes with depth.",
+        )
+        return
+    length: int | None = None
+    if config.expert_layout == "pairs":
+        length, lists = 2, "a list of two, rows of A and columns of B"
+    elif len(numbers) > 1:
+        lists = "the same for all experts, as `num_experts` is a list"
+    else:
+        shared = config.shared_experts if _is_int(config.shared_experts, 0) else 0
+        length = numbers[0] + shared
+        lists = f"a list of {length} of them, one for each of the `num_experts`" + " and shared experts" * bool(shared)
+    given = [("r", "", config.r)]
+    if isinstance(config.rank_pattern, Mapping):
+        given += [("rank_pattern", f"{pattern!r}: ", r) for pattern, r in config.rank_pattern.items()]
+    for name, where, r in given:
+        if not _is_rank(r, length):
+            yield Problem(
+                name, f"{where}got {r!r}; must be an integer of at least 1 (the rank of one expert), or {lists}."
+            )
+
+
+_FLAGS = (
+    "renormalize",
+    "use_rslora",
+    "init_weights",
+    "fan_in_fan_out",
+    "expert_bias",
+    "freeze_A",
+    "freeze_router",
+    "router_bias",
+)
+
+_COUNTS: dict[str, tuple[int, bool]] = {
+    "shared_experts": (0, False),
+    "null_experts": (0, False),
+    "frozen_experts": (0, False),
+    "private_rank": (0, False),
+    "num_splits": (1, False),
+    "num_shards": (1, False),
+    "pool_rank": (1, True),
+    "router_dim": (1, True),
+    "num_tasks": (1, True),
+    "top_k": (1, True),
+    "expert_groups": (1, True),
+}
+"""Integer fields: the least value, and whether they may be left out."""
+
+_NUMBERS: dict[str, tuple[float, float, bool]] = {
+    "init_A_range": (0.0, math.inf, False),
+    "score_weight": (-math.inf, math.inf, True),
+    "logit_norm": (0.0, math.inf, True),
+    "min_logit": (-math.inf, math.inf, True),
+    "capacity_factor": (0.0, math.inf, True),
+    "balance_bias_rate": (0.0, math.inf, True),
+    "top_p": (0.0, 1.0, True),
+    "threshold": (0.0, 1.0, True),
+    "max_threshold": (0.0, 1.0, True),
+}
+"""Number fields: above what, up to what, and whether they may be left out."""
+
+
+def _check_numbers(config: Config) -> Iterator[Problem]:
+    for name, (least, optional) in _COUNTS.items():
+        value = getattr(config, name)
+        if not (_is_int(value, least) or (optional and value is None)):
+            yield Problem(name, f"got {value!r}; must be an integer of at least {least}.")
+    for name, (low, high, optional) in _NUMBERS.items():
+        value = getattr(config, name)
+        if not (_is_number(value, low, high) or (optional and value is None)):
+            bounds = f" in ({low:g}, {high:g}]" if high < math.inf else " above 0" if low == 0 else ""
+            yield Problem(name, f"got {value!r}; must be a number{bounds}.")
+    for name, below in (("router_noise", math.inf), ("router_jitter", 1.0), ("expert_dropout", 1.0)):
+        value = getattr(config, name)
+        if not (value == 0 or (_is_number(value, 0) and value < below)):
+            yield Problem(name, f"got {value!r}; must be a number in [0, {below:g}).")
+    if not (config.top_gap is None or config.top_gap == 0 or _is_number(config.top_gap, 0)):
+        yield Problem("top_gap", f"got {config.top_gap!r}; must be a number of at least 0.")
+    pair = config.blend_coefficients
+    if not (isinstance(pair, list | tuple) and len(pair) == 2 and all(_is_number(n, -math.inf) for n in pair)):
+        yield Problem("blend_coefficients", f"got {pair!r}; must be two numbers, for the router and for the scores.")
+    depth = config.depth_range
+    if depth is not None and not (
+        isinstance(depth, list | tuple)
+        and len(depth) == 2
+        and all(n == 0 or _is_number(n, 0, 1) for n in depth)
+        and depth[0] < depth[1]
+    ):
+        yield Problem("depth_range", f"got {depth!r}; must be two rising numbers in [0, 1], such as [0.5, 1].")
+    if not _all_are(config.ffn_modules, str):
+        yield Problem("ffn_modules", f"got {config.ffn_modules!r}; must be a list of module names.")
 
 
 def _check_shapes(config: Config) -> Iterator[Problem]:
@@ -127,12 +224,11 @@ def _all_are(value: object, kind: type) -> bool:
 
 
 def _check_options(config: Config) -> Iterator[Problem]:
-    if config.top_k is not None and not _is_int(config.top_k, 1):
-        yield Problem("top_k", f"got {config.top_k!r}; must be an integer of at least 1.")
-    for name in ("top_p", "threshold", "max_threshold"):
-        value = getattr(config, name)
-        if value is not None and not _is_number(value, 0, 1):
-            yield Problem(name, f"got {value!r}; must be a number in (0, 1].")
+    if not isinstance(config.routing_schedules, Mapping):
+        yield Problem("routing_schedules", f"got {config.routing_schedules!r}; must map fields to schedules.")
+    else:
+        for problem in schedule_problems(config.routing_schedules):
+            yield Problem("routing_schedules", problem)
     if not isinstance(config.routing_losses, Mapping):
         yield Problem("routing_losses", f"got {config.routing_losses!r}; must map loss names to coefficients.")
         return
@@ -151,84 +247,7 @@ def _check_loss(name: str, setting: Any) -> Iterator[Problem]:
             "routing_losses",
             f"{name}: got {setting!r}; must be a coefficient of at least 0, or a mapping with `coefficient`.",
         )
-    allowed = LOSSES[name].options
     for option, value in options.items():
-        if option not in allowed:
-            yield Problem(
-                "routing_losses",
-                f"{name}: unknown option {option!r}; allowed are coefficient, {', '.join(sorted(allowed))}."
-                + did_you_mean(option, ["coefficient", *allowed]),
-            )
-        elif value not in allowed[option]:
-            yield Problem("routing_losses", f"{name}.{option}: {one_of(value, map(str, allowed[option]))}")
-
-
-def check_combination(config: Config) -> Iterator[Problem]:
-    """Values that are fine on their own and impossible together."""
-    routed = config.router in INPUT_DEPENDENT_ROUTERS
-    if config.format_version > FORMAT_VERSION:
-        yield Problem(
-            "format_version",
-            f"this adapter was written in format {config.format_version}, and this molora reads up to "
-            f"{FORMAT_VERSION}. Upgrade molora.",
-        )
-    for name, selection in SELECTION_OF_FIELD.items():
-        if getattr(config, name) is not None and config.selection != selection:
-            yield Problem(
-                name,
-                f"has no effect with selection={config.selection!r}; set selection={selection!r} or leave it out.",
-            )
-    if config.selection == "top_k" and (config.top_k or 2) > config.num_experts:
-        yield Problem("top_k", f"cannot select {config.top_k or 2} of {config.num_experts} experts (`num_experts`).")
-    if config.selection == "top_k" and config.top_k == 1 and config.renormalize:
-        yield Problem(
-            "renormalize",
-            "renormalising a single expert makes its weight always 1, so the router gets no gradient; "
-            "set renormalize=False.",
-        )
-    if config.selection == "adaptive_threshold" and not routed:
-        yield Problem(
-            "selection",
-            f"'adaptive_threshold' reads the input, which router={config.router!r} does not; "
-            "set selection='dense' or router='linear'.",
-        )
-    if config.weights == "probability_minus_threshold" and "threshold" not in config.selection:
-        yield Problem(
-            "weights",
-            f"'probability_minus_threshold' needs a threshold, and selection={config.selection!r} has none; "
-            "set weights='probability'.",
-        )
-    if config.router == "none" and (config.num_experts > 1 or config.selection != "dense"):
-        yield Problem(
-            "router",
-            "'none' is for a single expert (num_experts=1, selection='dense'); set router='linear' or 'static'.",
-        )
-    if routed and config.num_experts == 1 and (config.gate == "softmax" or config.renormalize):
-        yield Problem(
-            "num_experts",
-            "routing over one expert makes its weight always 1, so the router gets no gradient; use two or more, or "
-            "router='none' with selection='dense' (preset 'lora').",
-        )
-    if config.routing_losses and not routed:
-        yield Problem("routing_losses", f"need a router that reads the input; router={config.router!r} does not.")
-    yield from _check_targets(config)
-
-
-def _check_targets(config: Config) -> Iterator[Problem]:
-    if isinstance(config.target_modules, str) and config.layers_to_transform is not None:
-        yield Problem(
-            "layers_to_transform", "needs `target_modules` as a list of names, not as one regular expression."
-        )
-    if config.layers_pattern and config.layers_to_transform is None:
-        yield Problem("layers_pattern", "has no effect without `layers_to_transform`.")
-
-
-def advice(config: Config) -> Iterator[str]:
-    """Sentences about choices that work but rarely as meant."""
-    level = {"threshold": config.threshold, "adaptive_threshold": config.max_threshold}.get(config.selection)
-    if config.gate == "softmax" and level is not None and level > 1 / config.num_experts:
-        name = "threshold" if config.selection == "threshold" else "max_threshold"
-        yield (
-            f"{name}={level:g} is above 1/num_experts = {1 / config.num_experts:g}: a token whose probabilities are "
-            "all below it loses every expert and gets the base model's output."
-        )
+        problem = option_problem(name, option, value)
+        if problem:
+            yield Problem("routing_losses", problem)

@@ -1,13 +1,4 @@
-"""The adapted linear layer: holds the parameters of every adapter on one base linear and adds their mixtures.
-
-Parameter names, which are the checkpoint format (version 1), with `<adapter>` the adapter's name:
-
-    molora_A.<adapter>.weight          [R, in]    all experts' A, expert after expert
-    molora_B.<adapter>.weight          [out, R]   all experts' B, in the same order
-    molora_router.<adapter>.weight     [E, in]    router="linear"; [E] for "static"; absent for "none"
-    molora_threshold.<adapter>.weight  [1, in]    selection="adaptive_threshold" only
-    molora_threshold.<adapter>.bias    [1]        as above
-"""
+"""The adapted modules: a frozen module plus, for each active adapter, its mixture of experts."""
 
 from __future__ import annotations
 
@@ -15,25 +6,28 @@ import warnings
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
-from peft.utils import quantization_extra_repr, resolve_quantization_backend
+from peft.tuners.tuners_utils import _get_in_out_features, check_adapters_to_merge
+from peft.utils import quantization_extra_repr
 from peft.utils.other import transpose
 from torch import Tensor, nn
 
+from molora.bank import MoLoraLayer
 from molora.config import MoLoraConfig
-from molora.errors import MergeError
-from molora.experts import BankWeight, RankMap, init_bank
-from molora.kernels import gated_lora
-from molora.routing import ROUTERS, RoutingSpec, ThresholdNet, route
-from molora.routing.record import RoutingRecorder
-from molora.routing.router import autocast_enabled, init_router, init_threshold
+from molora.decide import decide
+from molora.errors import MergeError, MoloraError
+from molora.ffn import combine_slots, expand_slots
+from molora.groups import RoutingGroup
+from molora.layouts import ACTIVATIONS, LAYOUTS, split_factors
+from molora.plan import ModulePlan
+from molora.routing import Routing, route
+from molora.routing.precision import autocast_enabled
 
 BASE_ADAPTER = "__base__"
 """In `adapter_names`, stands for the base model without any adapter."""
 
 
 def cannot_merge(adapter_name: str) -> MergeError:
-    """The refusal to merge an adapter whose gate depends on the token."""
+    """The refusal to merge an adapter whose gate depends on what is passed in."""
     return MergeError(
         f"adapter {adapter_name!r} routes every token by itself, so no single weight reproduces it; merging would "
         "silently change the model. Keep the adapter unmerged (it loads anywhere PEFT does after `import molora`), or "
@@ -41,92 +35,17 @@ def cannot_merge(adapter_name: str) -> MergeError:
     )
 
 
-class MoLoraLayer(BaseTunerLayer):
-    """What PEFT asks of an adapter layer: containers keyed by adapter name, and how to fill and clear them."""
-
-    adapter_layer_names = ("molora_A", "molora_B", "molora_router", "molora_threshold")
-    other_param_names = ("molora_ranks", "molora_dropout", "molora_spec")
-    routing_recorder: RoutingRecorder | None = None
-    routing_name = ""
-
-    def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
-        self.base_layer = base_layer
-        self.quantization_backend = resolve_quantization_backend(
-            self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
-        )
-        self.molora_A = nn.ModuleDict()
-        self.molora_B = nn.ModuleDict()
-        self.molora_router = nn.ModuleDict()
-        self.molora_threshold = nn.ModuleDict()
-        self.molora_ranks = nn.ModuleDict()
-        self.molora_dropout = nn.ModuleDict()
-        self.molora_spec: dict[str, RoutingSpec] = {}
-        self._disable_adapters = False
-        self.merged_adapters: list[str] = []
-        self.cast_input_dtype_enabled = True
-        self.kwargs = kwargs
-        in_features, out_features = _get_in_out_features(self.get_base_layer())
-        if in_features is None or out_features is None:
-            raise TypeError(f"molora adapts linear layers; {type(self.get_base_layer()).__name__} is none.")
-        self.in_features: int = in_features
-        self.out_features: int = out_features
-
-    def update_layer(
-        self,
-        adapter_name: str,
-        config: MoLoraConfig,
-        r: int | list[int],
-        lora_alpha: float,
-        inference_mode: bool = False,
-    ) -> None:
-        """Add an adapter to this linear, freshly initialised.
-
-        Args:
-            adapter_name: Name of the adapter.
-            config: Its configuration.
-            r: Rank of one expert, or of each, after `rank_pattern`.
-            lora_alpha: After `alpha_pattern`.
-            inference_mode: Create the parameters frozen.
-        """
-        for container in (self.molora_router, self.molora_threshold):
-            if adapter_name in container:  # of an earlier adapter of this name, which may have routed otherwise
-                del container[adapter_name]
-        ranks = RankMap(*config.bank_layout(r, lora_alpha))
-        self.molora_ranks[adapter_name] = ranks
-        self.molora_spec[adapter_name] = config.routing_spec()
-        self.molora_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
-        self.molora_A[adapter_name] = BankWeight(ranks.total_rank, self.in_features)
-        self.molora_B[adapter_name] = BankWeight(self.out_features, ranks.total_rank)
-        router_class = ROUTERS[config.router]
-        if router_class is not None:
-            self.molora_router[adapter_name] = router_class(self.in_features, config.num_experts)
-        if config.selection == "adaptive_threshold":
-            self.molora_threshold[adapter_name] = ThresholdNet(self.in_features)
-        self.reset_parameters(adapter_name, config)
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
-
-    def reset_parameters(self, adapter_name: str, config: MoLoraConfig) -> None:
-        """Draw an adapter's initial weights; nothing to do while they are on the meta device."""
-        lora_a, lora_b = self.molora_A[adapter_name].weight, self.molora_B[adapter_name].weight
-        if lora_a.is_meta:
-            return
-        init_bank(lora_a, lora_b, self.molora_ranks[adapter_name].ranks, config.init_weights)
-        if adapter_name in self.molora_router:
-            init_router(self.molora_router[adapter_name], config.router_init, config.router_init_range)
-        if adapter_name in self.molora_threshold:
-            init_threshold(self.molora_threshold[adapter_name])
-
-
-class MoLoraLinear(nn.Module, MoLoraLayer):
-    """A frozen linear plus mixtures of LoRA experts: each active adapter adds `B((scale · gate(x)) ⊙ (A x))`.
+class MoLoraModule(nn.Module, MoLoraLayer):
+    """What the adapted modules share: which adapters apply, and what each adds.
 
     Args:
-        base_layer: `nn.Linear`, transformers' `Conv1D`, or a quantised linear that PEFT knows.
+        base_layer: The frozen module.
         adapter_name: Name of the first adapter.
         config: Its configuration.
-        r: Rank of one expert, or of each.
-        lora_alpha: Numerator of the scale.
+        plan: What of it concerns this module.
+        in_features: Size of the module's input.
+        out_features: Size of its output.
+        **kwargs: `group` and `pool` as in `update_layer`, `module_key`, and what PEFT knows of quantisation.
     """
 
     def __init__(
@@ -134,69 +53,77 @@ class MoLoraLinear(nn.Module, MoLoraLayer):
         base_layer: nn.Module,
         adapter_name: str,
         config: MoLoraConfig,
-        r: int | list[int],
-        lora_alpha: float,
+        plan: ModulePlan,
+        in_features: int,
+        out_features: int,
         **kwargs: Any,
     ) -> None:
         super().__init__()
-        MoLoraLayer.__init__(self, base_layer, **kwargs)
+        options = {name: kwargs.pop(name, None) for name in ("group", "pool")}
+        self.routing_name = self.module_key = kwargs.pop("module_key", "")
+        self._init_containers(base_layer, in_features, out_features, **kwargs)
         self.fan_in_fan_out = config.fan_in_fan_out
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, config, r, lora_alpha, inference_mode=config.inference_mode)
+        self.update_layer(adapter_name, config, plan, **options, inference_mode=config.inference_mode)
 
-    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
-        """Map `[..., in]` to `[..., out]`.
+    def delta(self, adapter_name: str, x: Tensor, rows: list[int] | None = None) -> Tensor:
+        """What an adapter adds for the input `[..., in]` of its experts, `[..., out]`.
 
         Args:
-            x: Input.
-            *args: Passed to the base layer.
-            adapter_names: For each row of the batch the adapter to use, or `"__base__"` for none.
-            **kwargs: Passed to the base layer.
+            adapter_name: Name of the adapter.
+            x: Input of the experts.
+            rows: Which rows of the batch these are; `None` for all.
         """
-        self._check_forward_args(x, adapter_names)
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
-        result = self.base_layer(x, *args, **kwargs)
-        if self.merged:
-            return result
+        plan = self.molora_plan[adapter_name]
+        hidden, dtype = self._down(adapter_name, x)
+        routing = decide(self, adapter_name, x, hidden, rows)
+        weights = None if routing is None else routing.weights
+        gated_by = split_factors if plan.num_splits > 1 else LAYOUTS[plan.layout].gated
+        activation = ACTIVATIONS[plan.activation] if plan.activation else None
+        gated = gated_by(hidden, weights, self.molora_ranks[adapter_name], activation)
+        # An fp32 gate promotes a 16-bit hidden; without autocast the second product needs equal dtypes.
+        return self.output(adapter_name, gated.to(dtype))
+
+    def _down(self, adapter_name: str, x: Tensor) -> tuple[Tensor, torch.dtype]:
+        """`A x`, and the dtype that B is multiplied in."""
+        if not autocast_enabled(x):
+            x = self._cast_input_dtype(x, self._dtype_of(adapter_name))
+        x = self.molora_dropout[adapter_name](x)
+        return self.hidden(adapter_name, x), x.dtype
+
+    def _dtype_of(self, adapter_name: str) -> torch.dtype:
+        for container in (self.molora_A, self.molora_frozen_A):
+            if adapter_name in container:
+                return container[adapter_name].matrix().dtype
+        raise KeyError(adapter_name)
+
+    def _is_off(self) -> bool:
+        return self.disable_adapters or (self.routing_scope is not None and self.routing_scope.silent)
+
+    def _applied(self, adapter_names: list[str] | None) -> list[tuple[str, list[int] | None]]:
+        """The adapters that apply, each with the rows of the batch it applies to, `None` for all."""
+        if adapter_names is None:
+            return [(name, None) for name in self.active_adapters if self.has_adapter(name)]
+        return [
+            (name, [row for row, given in enumerate(adapter_names) if given == name])
+            for name in dict.fromkeys(adapter_names)
+            if name != BASE_ADAPTER and self.has_adapter(name)
+        ]
+
+    def _add(self, result: Tensor, x: Tensor, adapter_names: list[str] | None) -> Tensor:
+        """Add what the adapters add, each to its rows."""
         dtype = result.dtype
         if adapter_names is not None:
-            return self._add_by_row(result, x, adapter_names)
-        if self.quantization_backend is not None:
+            result = result.clone()
+        elif self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
-        for name in self.active_adapters:
-            if name in self.molora_A:
-                result = result + self._delta(name, x)
+        for name, rows in self._applied(adapter_names):
+            source = result if self.molora_plan[name].after else x
+            if rows is None:
+                result = result + self.delta(name, source)
+            else:
+                result[rows] = (result[rows] + self.delta(name, source[rows], rows)).to(dtype)
         return result.to(dtype)
-
-    def _add_by_row(self, result: Tensor, x: Tensor, adapter_names: list[str]) -> Tensor:
-        result = result.clone()
-        for name in dict.fromkeys(adapter_names):
-            if name == BASE_ADAPTER or name not in self.molora_A:
-                continue
-            rows = [row for row, given in enumerate(adapter_names) if given == name]
-            result[rows] = (result[rows] + self._delta(name, x[rows])).to(result.dtype)
-        return result
-
-    def _delta(self, adapter_name: str, x: Tensor) -> Tensor:
-        lora_a, lora_b = self.molora_A[adapter_name], self.molora_B[adapter_name]
-        rank_gate = self._rank_gate(adapter_name, x)
-        if not autocast_enabled(x):
-            x = self._cast_input_dtype(x, lora_a.weight.dtype)
-        return gated_lora(self.molora_dropout[adapter_name](x), lora_a, lora_b, rank_gate)
-
-    def _rank_gate(self, adapter_name: str, x: Tensor) -> Tensor | float:
-        ranks = self.molora_ranks[adapter_name]
-        if adapter_name not in self.molora_router:
-            return ranks(None)
-        x = x.float()  # once for both: routing is fp32 maths
-        threshold = self.molora_threshold[adapter_name](x) if adapter_name in self.molora_threshold else None
-        routing = route(self.molora_router[adapter_name](x), self.molora_spec[adapter_name], threshold)
-        if self.routing_recorder is not None and self._is_routed(adapter_name):
-            self.routing_recorder.append(self.routing_name, adapter_name, routing)
-        return ranks(routing.weights)
 
     def _check_forward_args(self, x: Tensor, adapter_names: list[str] | None) -> None:
         if adapter_names is None:
@@ -212,27 +139,106 @@ class MoLoraLinear(nn.Module, MoLoraLayer):
             )
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether PEFT may turn the adapter into a plain LoRA: only if its gate ignores the input."""
-        return not self._is_routed(adapter_name)
+        """Whether PEFT may turn the adapter into a plain LoRA: only if its gate is fixed."""
+        return not self.is_routed(adapter_name)
 
-    def _is_routed(self, adapter_name: str) -> bool:
-        return adapter_name in self.molora_router and self.molora_router[adapter_name].reads_input
+    def is_routed(self, adapter_name: str) -> bool:
+        """Whether what an adapter adds is no fixed linear map."""
+        if not self.has_adapter(adapter_name):
+            return False
+        plan = self.molora_plan[adapter_name]
+        return bool(plan.reads) or plan.after or plan.activation is not None or self._has_bias(adapter_name)
+
+    def _has_bias(self, adapter_name: str) -> bool:
+        return any(
+            getattr(container[adapter_name], "bias", None) is not None
+            for container in (self.molora_A, self.molora_frozen_A)
+            if adapter_name in container
+        )
+
+    def __repr__(self) -> str:
+        return "molora." + super().__repr__()
+
+
+class MoLoraLinear(MoLoraModule):
+    """A frozen linear plus mixtures of LoRA experts: each active adapter adds `B((scale · gate(x)) ⊙ (A x))`.
+
+    Args:
+        base_layer: `nn.Linear`, transformers' `Conv1D`, or a quantised linear that PEFT knows.
+        adapter_name: Name of the first adapter.
+        config: Its configuration.
+        plan: What of it concerns this linear.
+        **kwargs: As for `MoLoraModule`.
+    """
+
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, config: MoLoraConfig, plan: ModulePlan, **kwargs: Any
+    ) -> None:
+        inner = base_layer.get_base_layer() if hasattr(base_layer, "get_base_layer") else base_layer
+        in_features, out_features = _get_in_out_features(inner)
+        if in_features is None or out_features is None:
+            raise TypeError(f"molora adapts linear layers; {type(inner).__name__} is none.")
+        super().__init__(base_layer, adapter_name, config, plan, in_features, out_features, **kwargs)
+
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+        """Map `[..., in]` to `[..., out]`.
+
+        Args:
+            x: Input.
+            *args: Passed to the base layer.
+            adapter_names: For each row of the batch the adapter to use, or `"__base__"` for none.
+            **kwargs: Passed to the base layer.
+        """
+        self._check_forward_args(x, adapter_names)
+        if self._is_off():
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        if self.merged:
+            return self.base_layer(x, *args, **kwargs)
+        group = self._ffn_group(adapter_names)
+        if group is not None:
+            return self._forward_in_ffn(group, x, *args, **kwargs)
+        return self._add(self.base_layer(x, *args, **kwargs), x, adapter_names)
+
+    def _ffn_group(self, adapter_names: list[str] | None) -> RoutingGroup | None:
+        """The feed-forward block whose experts this linear belongs to, if it does."""
+        names = [name for name, _ in self._applied(adapter_names)]
+        spans = [name for name in names if name in self.molora_group and self.molora_group[name].spans_ffn]
+        if not spans:
+            return None
+        if len(names) > 1 or adapter_names is not None:
+            raise MoloraError(
+                f"the experts of adapter {spans[0]!r} span whole feed-forward blocks, so it cannot share a batch or a "
+                "block with other adapters; use one adapter at a time."
+            )
+        return self.molora_group[spans[0]]
+
+    def _forward_in_ffn(self, group: RoutingGroup, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        name = next(name for name, _ in self._applied(None))
+        if not group.is_last(self):
+            return expand_slots(self, name, x, self.base_layer(x, *args, **kwargs))
+        return combine_slots(self, name, x, lambda mixed: self.base_layer(mixed, *args, **kwargs))
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """The one weight an adapter adds, `[out, in]` (transposed for `Conv1D`), in the dtype of B.
 
         Raises:
-            MergeError: If the gate depends on the token.
+            MergeError: If the gate depends on what is passed in.
         """
-        if self._is_routed(adapter_name):
+        if self.is_routed(adapter_name):
             raise cannot_merge(adapter_name)
-        lora_a, lora_b = self.molora_A[adapter_name].weight, self.molora_B[adapter_name].weight
-        ranks = self.molora_ranks[adapter_name]
+        lora_a, lora_b = self.matrices(adapter_name)
         weights = None
-        if adapter_name in self.molora_router:
-            weights = route(self.molora_router[adapter_name](), self.molora_spec[adapter_name]).weights
-        delta = (lora_b.float() * ranks(weights)) @ lora_a.float()
+        if self.molora_plan[adapter_name].router != "none":
+            weights = self._fixed_routing(adapter_name).weights
+        layout = LAYOUTS[self.molora_plan[adapter_name].layout]
+        gated = layout.gated(lora_a.float().T, weights, self.molora_ranks[adapter_name], None)
+        delta = lora_b.float() @ gated.T.float()
         return transpose(delta.to(lora_b.dtype), self.fan_in_fan_out)
+
+    def _fixed_routing(self, adapter_name: str) -> Routing:
+        return route(self.router_of(adapter_name)(), self.molora_spec[adapter_name])
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the adapters' weights to the base weight.
@@ -242,11 +248,11 @@ class MoLoraLinear(nn.Module, MoLoraLayer):
             adapter_names: Which to merge; the active ones by default.
 
         Raises:
-            MergeError: If a gate depends on the token.
+            MergeError: If a gate depends on what is passed in.
             ValueError: If `safe_merge` finds a broken adapter.
         """
         for name in check_adapters_to_merge(self, adapter_names):
-            if name not in self.molora_A:
+            if not self.has_adapter(name):
                 continue
             weight = self.get_base_weight()
             merged = weight + self.get_delta_weight(name).to(weight.dtype)
@@ -269,5 +275,64 @@ class MoLoraLinear(nn.Module, MoLoraLayer):
         """Show the kind of quantisation, if any, in `print(model)`."""
         return quantization_extra_repr(self)
 
-    def __repr__(self) -> str:
-        return "molora." + super().__repr__()
+
+class MoLoraBlock(MoLoraModule):
+    """A frozen block from hidden states to hidden states, plus mixtures of LoRA experts beside or behind it.
+
+    The block may be anything: a mixture-of-experts layer of the base model (PERFT), a whole decoder layer (BECoTTA).
+    If it returns several things, experts add to the first.
+
+    Args:
+        base_layer: The block.
+        adapter_name: Name of the first adapter.
+        config: Its configuration.
+        plan: What of it concerns this block.
+        hidden_size: Size of its input and output.
+        **kwargs: As for `MoLoraModule`.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: MoLoraConfig,
+        plan: ModulePlan,
+        hidden_size: int,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(base_layer, adapter_name, config, plan, hidden_size, hidden_size, **kwargs)
+
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
+        """Run the block on hidden states `[..., d]` and add the experts to its first output.
+
+        Args:
+            x: Hidden states.
+            *args: Passed to the block.
+            adapter_names: For each row of the batch the adapter to use, or `"__base__"` for none.
+            **kwargs: Passed to the block.
+        """
+        self._check_forward_args(x, adapter_names)
+        result = self.base_layer(x, *args, **kwargs)
+        if self._is_off():
+            return result
+        if isinstance(result, Tensor):
+            return self._add(result, x, adapter_names)
+        return type(result)((self._add(result[0], x, adapter_names), *result[1:]))
+
+    def __getattr__(self, name: str) -> Any:
+        # The model around a block may ask it for more than its output, such as the kind of attention of a layer.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Refuse: a block has no one weight.
+
+        Raises:
+            MergeError: Always.
+        """
+        for name in check_adapters_to_merge(self, adapter_names):
+            raise cannot_merge(name)

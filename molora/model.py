@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import (
-    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
-    get_quantization_kwargs,
-    resolve_quantization_backend,
-)
-from peft.utils.other import get_pattern_key
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from molora import lifecycle
+from molora.bank import MoLoraLayer
+from molora.calls import needs_every_call, scope_of
 from molora.config import MoLoraConfig
-from molora.errors import TargetModulesError
-from molora.layer import MoLoraLayer, MoLoraLinear, cannot_merge
+from molora.layer import MoLoraBlock, MoLoraLinear, cannot_merge
+from molora.placement import Placement, layers_in_range
+from molora.plan import ModulePlan, plan_module
 from molora.row_adapters import adapters_by_row
-from molora.targets import check_targets
+from molora.targets import adapted_sizes, check_level, check_targets, text_config
 
 
 class MoLoraModel(BaseTuner):
@@ -44,6 +44,18 @@ class MoLoraModel(BaseTuner):
     def _prepare_model(self, peft_config: MoLoraConfig, model: nn.Module) -> None:
         # The last hook before modules are replaced: nothing is half-done if the targets turn out wrong.
         check_targets(peft_config, model)
+        _maybe_include_all_linear_layers(peft_config, model)
+        sizes = text_config(model)
+        num_layers = getattr(sizes, "num_hidden_layers", None)
+        if peft_config.depth_range is not None:
+            peft_config.layers_to_transform = layers_in_range(peft_config.depth_range, num_layers)
+        self._placement = Placement(peft_config, num_layers, getattr(sizes, "hidden_size", None))
+        self._placement.expect(
+            (key, module)
+            for key, module in model.named_modules()
+            if key and self._check_target_module_exists(peft_config, key)
+        )
+        self._scope = scope_of(model, needs_every_call(peft_config), peft_config.router_input == "base")
 
     def _create_and_replace(
         self,
@@ -55,27 +67,67 @@ class MoLoraModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        r = _by_pattern(peft_config.rank_pattern, current_key, peft_config.r)
-        lora_alpha = _by_pattern(peft_config.alpha_pattern, current_key, peft_config.lora_alpha)
-        if isinstance(target, MoLoraLayer):
-            target.update_layer(adapter_name, peft_config, r, lora_alpha, inference_mode=peft_config.inference_mode)
-            return
+        place = self._placement
+        check_level(peft_config, self.model, current_key)
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if not _is_linear(base):
-            raise TargetModulesError(
-                f"target module {current_key!r} is a {type(base).__name__}, which molora cannot adapt; it adapts "
-                "torch.nn.Linear, transformers' Conv1D and quantised linears. Leave it out with `exclude_modules`, or "
-                "train it fully with `modules_to_save`."
+        kind = place.position(current_key, target)
+        plan = plan_module(peft_config, current_key, place.num_layers, place.is_plain(current_key), kind)
+        size_in, size_out = adapted_sizes(peft_config, base, current_key, place.hidden_size)
+        group = place.group(current_key, size_out if plan.after else size_in)
+        pool = place.pools.get(place.kind(current_key, target))
+        if isinstance(target, MoLoraLayer):
+            target.update_layer(adapter_name, peft_config, plan, group, pool, peft_config.inference_mode)
+            layer = target
+        else:
+            layer = self._new_layer(peft_config, adapter_name, target, plan, current_key, group=group, pool=pool)
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            self._replace_module(parent, target_name, layer, target)
+        layer.routing_scope = self._scope
+        if adapter_name in layer.molora_pool:
+            place.pools[place.kind(current_key, target)] = layer.molora_pool[adapter_name]
+        layer.molora_before[adapter_name] = list(place.previous)
+        place.previous = [layer]
+
+    def _new_layer(
+        self,
+        config: MoLoraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        plan: ModulePlan,
+        key: str,
+        **shared: Any,
+    ) -> MoLoraLayer:
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if config.expert_scope == "block":
+            return MoLoraBlock(
+                target, adapter_name, config, plan, self._placement.hidden_size, module_key=key, **shared
             )
         is_conv1d = isinstance(base, Conv1D)
-        if isinstance(base, nn.Linear | Conv1D) and peft_config.fan_in_fan_out != is_conv1d:
-            if peft_config.fan_in_fan_out:
-                warnings.warn(f"{current_key} is a {type(base).__name__}: setting fan_in_fan_out=False.", stacklevel=2)
-            peft_config.fan_in_fan_out = is_conv1d
-        layer = MoLoraLinear(target, adapter_name, peft_config, r, lora_alpha, **get_quantization_kwargs(self.model))
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
+        if isinstance(base, nn.Linear | Conv1D) and config.fan_in_fan_out != is_conv1d:
+            if config.fan_in_fan_out:
+                warnings.warn(f"{key} is a {type(base).__name__}: setting fan_in_fan_out=False.", stacklevel=2)
+            config.fan_in_fan_out = is_conv1d
+        quantization = get_quantization_kwargs(self.model)
+        return MoLoraLinear(target, adapter_name, config, plan, module_key=key, **shared, **quantization)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model, with its hooks: they tell the adapted layers that a call begins."""
+        return self.model(*args, **kwargs)
+
+    def add_experts(
+        self, n: int, adapter_name: str = "default", freeze_existing: bool = True, r: int | None = None
+    ) -> None:
+        """Append fresh experts to every adapted module; see `molora.lifecycle.add_experts`."""
+        lifecycle.add_experts(self, n, adapter_name, freeze_existing, r)
+
+    def drop_experts(self, experts: Iterable[int], adapter_name: str = "default") -> None:
+        """Remove experts from every adapted module; see `molora.lifecycle.drop_experts`."""
+        lifecycle.drop_experts(self, experts, adapter_name)
+
+    def freeze_router(self, adapter_name: str = "default", frozen: bool = True) -> None:
+        """Stop training the routers, or go on with it; see `molora.lifecycle.freeze_router`."""
+        lifecycle.freeze_router(self, adapter_name, frozen)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge adapters into the base weights, all of them or, if one cannot be merged, none.
@@ -120,14 +172,3 @@ class MoLoraModel(BaseTuner):
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:
         return adapters_by_row(self, kwargs.pop("adapter_names", None), kwargs.get("num_beams"))
-
-
-def _by_pattern(pattern: dict[str, Any], key: str, default: Any) -> Any:
-    return pattern.get(get_pattern_key(pattern.keys(), key), default)
-
-
-def _is_linear(module: nn.Module) -> bool:
-    if isinstance(module, nn.Linear | Conv1D):
-        return True
-    backend = resolve_quantization_backend(module)
-    return backend is not None and backend.layer_type == "linear"

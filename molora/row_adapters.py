@@ -11,7 +11,8 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from molora.layer import BASE_ADAPTER, MoLoraLayer
+from molora.bank import MoLoraLayer
+from molora.layer import BASE_ADAPTER
 
 
 def _pass_names(module: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: list[str]) -> tuple[Any, Any]:
@@ -36,7 +37,7 @@ def adapters_by_row(tuner: BaseTuner, adapter_names: list[str] | None, num_beams
         return
     if tuner.training:
         raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-    known = {name for layer in tuner.modules() if isinstance(layer, MoLoraLayer) for name in layer.molora_A}
+    known = {name for layer in tuner.modules() if isinstance(layer, MoLoraLayer) for name in layer.molora_plan}
     missing = set(adapter_names) - known - {BASE_ADAPTER}
     if missing:
         raise ValueError(

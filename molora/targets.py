@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from typing import Any
 
 from peft import NoMatchingPeftModuleError
+from peft.tuners.tuners_utils import _get_in_out_features
+from peft.utils import resolve_quantization_backend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from molora.config import MoLoraConfig
 from molora.errors import TargetModulesError, did_you_mean
+from molora.routing.masks import reads_decoder
 
 
 class NoMatchingTargetError(TargetModulesError, NoMatchingPeftModuleError):
@@ -78,3 +82,63 @@ def _module_names(model: nn.Module) -> list[str]:
 
 def _ends_in(names: Iterable[str], target: str) -> bool:
     return any(name == target or name.endswith("." + target) for name in names)
+
+
+def adapted_sizes(config: MoLoraConfig, base: nn.Module, key: str, hidden_size: int | None) -> tuple[int, int]:
+    """Sizes of the input and output of a module that is to be adapted.
+
+    Raises:
+        TargetModulesError: If molora cannot adapt it.
+    """
+    if config.expert_scope == "block":
+        if hidden_size is None:
+            raise TargetModulesError("expert_scope='block' needs a model whose config has a hidden_size.")
+        return hidden_size, hidden_size
+    if not is_linear(base):
+        raise TargetModulesError(
+            f"target module {key!r} is a {type(base).__name__}, which molora cannot adapt; it adapts "
+            "torch.nn.Linear, transformers' Conv1D and quantised linears, and whole blocks with expert_scope='block'. "
+            "Leave it out with `exclude_modules`, or train it fully with `modules_to_save`."
+        )
+    size_in, size_out = _get_in_out_features(base)
+    assert size_in is not None
+    assert size_out is not None
+    for name, size in (("input", size_in), ("output", size_out)):
+        for field in ("num_splits", "num_shards"):
+            if size % getattr(config, field):
+                raise TargetModulesError(
+                    f"{field}={getattr(config, field)} does not divide the {name} size {size} of {key!r}; choose "
+                    "another number, or leave the module out with `exclude_modules`."
+                )
+    return size_in, size_out
+
+
+def check_level(config: MoLoraConfig, model: nn.Module, key: str) -> None:
+    """Refuse decisions about whole sequences where a sequence is still being written.
+
+    Raises:
+        TargetModulesError: For a module of an encoder-decoder's decoder, or `router_input='base'` on such a model.
+    """
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return
+    if config.router_input == "base":
+        raise TargetModulesError("router_input='base' needs a model without a separate decoder.")
+    if config.router_level == "sequence" and reads_decoder(key):
+        raise TargetModulesError(
+            f"router_level='sequence' cannot route {key!r}: a decoder's sequence is not known before it is written. "
+            r"Adapt the encoder only, with target_modules such as r'encoder\..*\.(q|v)'."
+        )
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is one that molora adapts as a linear."""
+    if isinstance(module, nn.Linear | Conv1D):
+        return True
+    backend = resolve_quantization_backend(module)
+    return backend is not None and backend.layer_type == "linear"
+
+
+def text_config(model: nn.Module) -> Any:
+    """The part of a model's config that describes its layers, or `None`."""
+    config = getattr(model, "config", None)
+    return config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from peft import PeftConfig
 
-from molora import ConfigError, MoLoraConfig, available_presets
+from molora import ConfigError, MoLoraConfig, available_presets, presets
+from molora.plan import routing_spec
 from molora.presets import PRESETS
+
+CONFIGS = Path(__file__).parent.parent / "configs" / "methods"
 
 IMPOSSIBLE = {
     "unknown field": ({"num_expert": 4}, ["num_expert", "Did you mean 'num_experts'"]),
@@ -93,13 +98,34 @@ def test_presets_build_and_survive_a_round_trip(preset, tmp_path):
     config = MoLoraConfig.from_preset(preset, target_modules=["q_proj"])
     config.save_pretrained(tmp_path)
     assert PeftConfig.from_pretrained(tmp_path).to_dict() == {**config.to_dict(), "inference_mode": False}
+
+
+@pytest.mark.parametrize("preset", available_presets())
+def test_a_preset_is_explained_complete_and_has_a_run_file(preset):
     assert "arXiv" in PRESETS[preset].__doc__ or preset == "static"
+    fields = PRESETS[preset]()
+    assert {"router", "selection", "weights", "renormalize"} <= fields.keys()
+    assert "gate" in fields or fields["router"] == "none"
+    run = (CONFIGS / f"{preset}.yaml").read_text(encoding="utf-8")
+    assert f"\npreset: {preset}\n" in run
+
+
+def test_every_file_of_a_method_is_registered():
+    modules = {name.replace("-", "_") for name in PRESETS}
+    assert modules == {path.stem for path in Path(presets.__file__).parent.glob("[a-z]*.py")}
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == set(PRESETS)
 
 
 def test_overriding_the_selection_of_a_preset_drops_what_only_the_old_one_read():
     config = MoLoraConfig.from_preset("mole", selection="dense")
     assert (config.selection, config.top_k) == ("dense", None)
-    assert MoLoraConfig.from_preset("adamole", selection="top_k").routing_spec().weights == "probability"
+    assert routing_spec(MoLoraConfig.from_preset("adamole", selection="top_k")).weights == "probability"
+    assert routing_spec(MoLoraConfig.from_preset("mole", selection="adaptive_threshold")).weights != "probability"
+
+
+def test_overriding_the_selection_of_a_preset_keeps_what_the_new_one_reads_too():
+    config = MoLoraConfig.from_preset("flylora", selection="top_k")
+    assert (config.top_k, config.weights) == (8, "one")
 
 
 def test_an_unknown_preset_names_the_closest():

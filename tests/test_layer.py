@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from molora import MergeError, MoLoraConfig
 from molora.kernels import gated_lora
 from molora.layer import MoLoraLinear
+from molora.plan import plan_module
 
 CHOICES = {
     "adamole": {},
@@ -47,7 +48,7 @@ SHAPES = [(2, 5, 11), (13, 11), (1, 1, 11), (1, 11)]
 def build(choice="adamole", base="linear", **overrides):
     fields = {"r": 3, "num_experts": 4, "lora_alpha": 5, "init_weights": False, **CHOICES[choice], **overrides}
     config = MoLoraConfig(fan_in_fan_out=base == "conv1d", **fields)
-    layer = MoLoraLinear(BASES[base](), "default", config, config.r, config.lora_alpha)
+    layer = MoLoraLinear(BASES[base](), "default", config, plan_module(config, "linear", None))
     layer.base_layer.requires_grad_(False)
     for name, parameter in layer.named_parameters():
         if "router" in name:
@@ -78,7 +79,7 @@ def test_every_gradient_is_that_of_the_slow_form(choice):
         weights = None
         if config.router != "none":
             caught = []
-            layer.routing_recorder = type("R", (), {"append": staticmethod(lambda *args: caught.append(args[-1]))})()
+            layer.routing_recorder = type("R", (), {"append": staticmethod(lambda *args: caught.append(args[2]))})()
             layer(x)
             layer.routing_recorder = None
             weights = caught[0].weights if caught else None
@@ -125,7 +126,7 @@ def test_routing_is_fp32_whatever_the_model_computes_in():
     layer, _ = build("top-k")
     layer = layer.to(torch.bfloat16)
     routings = []
-    layer.routing_recorder = type("R", (), {"append": staticmethod(lambda *args: routings.append(args[-1]))})()
+    layer.routing_recorder = type("R", (), {"append": staticmethod(lambda *args: routings.append(args[2]))})()
     x = torch.randn(64, 11, dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         out = layer(x)

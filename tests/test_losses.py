@@ -1,89 +1,230 @@
-"""Load balancing means what its docstring says."""
+"""Every loss means what its docstring says: values and gradients as slow loops give them, padding without effect."""
 
 from __future__ import annotations
+
+import inspect
+import math
 
 import pytest
 import torch
 
-from molora.losses import load_balancing
-from molora.routing.record import RoutingRecord, TokenMasks, stack_records
+from molora import losses as losses_module
+from molora.errors import MoloraError
+from molora.losses import LOSSES, Number, load_balancing, localized_balancing, option_problem, total_loss
+from molora.losses.parameter_penalty import parameter_penalty
+from molora.routing.masks import TokenMasks
+from molora.routing.record import RoutingRecord, stack_records
 from molora.routing.route import Routing
 from molora.routing.selection import top_p
-from molora.routing.statistics import tally
+
+SIZES = (2, 4, 8, 2)
+TASKS = [1, 0, 1]
+MASK = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]]).bool()
 
 
 def one_hot(experts, num_experts=4):
     return torch.nn.functional.one_hot(torch.tensor(experts), num_experts).bool()
 
 
-def slow(probabilities, selected, mask, scope):
-    """Loops over linears, sequences, tokens and experts."""
-    layers, batch, length, num_experts = probabilities.shape
-    groups = [[(b, s) for s in range(length)] for b in range(batch)]
-    if scope == "batch":
-        groups = [[token for group in groups for token in group]]
-    values = []
-    for layer in range(layers):
-        for group in groups:
-            tokens = [(b, s) for b, s in group if mask[b, s]]
-            if not tokens:
-                continue
-            total = sum(selected[layer, b, s].sum() for b, s in tokens)
-            value = 0.0
-            for e in range(num_experts):
-                f = sum(selected[layer, b, s, e] for b, s in tokens) / total
-                p = sum(probabilities[layer, b, s, e] / probabilities[layer, b, s].sum() for b, s in tokens)
-                value = value + f * p / len(tokens)
-            values.append(num_experts * value)
-    return torch.stack(values).mean()
-
-
-@pytest.mark.parametrize("scope", ["sequence", "batch"])
-@pytest.mark.parametrize("gate", ["softmax", "sigmoid"])
-def test_value_and_gradient_equal_the_slow_loop(scope, gate):
-    logits = torch.randn(2, 3, 5, 4, requires_grad=True)
+def recorded(logits, mask=None, gate="softmax", null_experts=0, layer="a", sizes=SIZES):
+    """A record of one linear, with every expert above 0.2 selected."""
     probabilities = logits.softmax(-1) if gate == "softmax" else logits.sigmoid()
     selected = probabilities.detach() > 0.2
-    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]]).bool()
-    got = load_balancing(probabilities, selected, mask, scope)
-    expected = slow(probabilities, selected, mask, scope)
+    weights = (probabilities * selected)[..., : logits.shape[-1] - null_experts]
+    routing = Routing(logits, probabilities, selected, weights)
+    return RoutingRecord(layer, "default", routing, TokenMasks(mask), sizes, null_experts)
+
+
+def stacked(logits, mask, **fields):
+    """Linears `[L, B, S, E]` under one mask."""
+    masks = TokenMasks(mask)
+    records = [recorded(one, mask, layer=str(index), **fields) for index, one in enumerate(logits)]
+    return stack_records(RoutingRecord(r.layer, r.adapter, r.routing, masks, r.sizes, r.null_experts) for r in records)
+
+
+class Slow:
+    """Loops over sequences, tokens and experts of one linear."""
+
+    def __init__(self, record, mask, tasks):
+        self.logits, self.mask, self.tasks = record.routing.logits, mask, tasks
+        self.probabilities, self.selected = record.routing.probabilities, record.routing.selected
+        self.weights, self.nulls, self.sizes = record.routing.weights, record.null_experts, record.sizes
+        self.batch, self.length, self.columns = self.logits.shape
+        self.experts = self.columns - self.nulls
+
+    def groups(self, scope):
+        rows = [[(b, s) for s in range(self.length) if mask_row[s]] for b, mask_row in enumerate(self.mask)]
+        rows = [row for row in rows if row]
+        return rows if scope == "sequence" else [[token for row in rows for token in row]]
+
+    def share(self, b, s, e):
+        return self.probabilities[b, s, e] / self.probabilities[b, s].sum()
+
+    def mean_share(self, tokens, e):
+        return sum(self.share(b, s, e) for b, s in tokens) / len(tokens)
+
+    def load_balancing(self, scope="sequence", count="selected"):
+        values = []
+        for tokens in self.groups(scope):
+            counts = [0.0] * self.columns
+            for b, s in tokens:
+                chosen = [e for e in range(self.columns) if self.selected[b, s, e]]
+                if count == "first" and chosen:
+                    chosen = [max(chosen, key=lambda e, b=b, s=s: self.probabilities[b, s, e].item())]
+                for e in chosen:
+                    counts[e] += 1.0
+            if self.nulls:
+                mean = sum(counts[self.experts :]) / self.nulls
+                counts[self.experts :] = [mean] * self.nulls
+            shares = [c / sum(counts) * self.mean_share(tokens, e) for e, c in enumerate(counts)]
+            values.append(self.columns * sum(shares))
+        return sum(values) / len(values)
+
+    def parameter_penalty(self, scope="sequence"):
+        values = []
+        for tokens in self.groups(scope):
+            value = 0.0
+            for e in range(self.experts):
+                size = self.sizes[e] / (sum(self.sizes) / len(self.sizes))
+                often = sum(self.selected[b, s, e].item() for b, s in tokens) / len(tokens)
+                value = value + often * size * self.mean_share(tokens, e)
+            values.append(self.experts * value)
+        return sum(values) / len(values)
+
+    def localized_balancing(self, delta=0.1, form="cv2", groups=2):
+        entries = []
+        for tokens in self.groups("sequence"):
+            for e in range(self.experts):
+                q = sum(self.probabilities[b, s, e] for b, s in tokens) / len(tokens)
+                own = e // (self.experts // groups) == self.tasks[tokens[0][0]]
+                entries.append(q * (1 + delta if own else 1 - delta))
+        entries = torch.stack(entries)
+        mean = entries.mean()
+        return entries.var() / (mean * mean if form == "cv2" else mean)
+
+    def mutual_information(self):
+        tokens = self.groups("batch")[0]
+        joint = {}
+        for b, s in tokens:
+            for e in range(self.columns):
+                key = self.tasks[b], e
+                joint[key] = joint.get(key, 0.0) + self.share(b, s, e) / len(tokens)
+        value = 0.0
+        for (task, e), p in joint.items():
+            of_task = sum(q for (k, _), q in joint.items() if k == task)
+            of_expert = sum(q for (_, i), q in joint.items() if i == e)
+            value = value + p * (p / (of_task * of_expert)).log()
+        return -value
+
+    def router_entropy(self):
+        tokens = self.groups("batch")[0]
+        shares = [self.share(b, s, e) for b, s in tokens for e in range(self.columns)]
+        return -sum(p * p.log() for p in shares) / len(tokens)
+
+    def importance(self):
+        mass = torch.stack([sum(self.weights[b, s, e] for b, s in self.groups("batch")[0]) for e in range(4)])
+        return ((mass - mass.mean()) ** 2).mean() / mass.mean() ** 2
+
+    def router_z(self):
+        tokens = self.groups("batch")[0]
+        return sum(self.logits[b, s].exp().sum().log() ** 2 for b, s in tokens) / len(tokens)
+
+
+CASES = [
+    ("load_balancing", {}),
+    ("load_balancing", {"scope": "batch"}),
+    ("load_balancing", {"scope": "batch", "count": "first"}),
+    ("load_balancing", {"count": "first"}),
+    ("localized_balancing", {}),
+    ("localized_balancing", {"delta": 0.5, "form": "variance_over_mean", "groups": 4}),
+    ("mutual_information", {}),
+    ("parameter_penalty", {}),
+    ("parameter_penalty", {"scope": "batch"}),
+    ("router_entropy", {}),
+    ("importance", {}),
+    ("router_z", {}),
+]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("gate", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("null_experts", [0, 2])
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_value_and_gradient_equal_the_slow_loop(name, options, null_experts, gate, reduction):
+    logits = torch.randn(2, 3, 5, 4 + null_experts, requires_grad=True)
+    stacks = stacked(logits, MASK, gate=gate, null_experts=null_experts)
+    setting = {"coefficient": 1.0, "layer_reduction": reduction, **options}
+    got, _ = total_loss(stacks, {name: setting}, torch.tensor(TASKS))
+    records = [recorded(one, gate=gate, null_experts=null_experts) for one in logits]
+    each = [getattr(Slow(record, MASK, TASKS), name)(**options) for record in records]
+    expected = sum(each) / (1 if reduction == "sum" else len(each))
     torch.testing.assert_close(got, expected)
-    for a, b in zip(
-        torch.autograd.grad(got, logits, retain_graph=True), torch.autograd.grad(expected, logits), strict=True
-    ):
+    for a, b in zip(*(torch.autograd.grad(loss, logits, retain_graph=True) for loss in (got, expected)), strict=True):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("scope", ["sequence", "batch"])
-def test_one_at_balance_and_num_experts_at_collapse(scope):
-    even = torch.full((1, 8, 4), 0.25)
-    assert load_balancing(even, one_hot([[0, 1, 2, 3] * 2]), scope=scope) == pytest.approx(1)
-    assert load_balancing(even, torch.ones(1, 8, 4).bool(), scope=scope) == pytest.approx(1)
-    assert load_balancing(one_hot([[2] * 8]).float(), one_hot([[2] * 8]), scope=scope) == pytest.approx(4)
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_padding_changes_no_loss(name, options):
+    logits, tasks = torch.randn(1, 2, 6, 4), torch.tensor([0, 1])
+    padded = torch.nn.functional.pad(logits, (0, 0, 0, 3), value=3.0)
+    mask = torch.nn.functional.pad(torch.ones(2, 6), (0, 3)).bool()
+    losses = {name: {"coefficient": 1.0, **options}}
+    expected, _ = total_loss(stacked(logits, None), losses, tasks)
+    assert total_loss(stacked(padded, mask), losses, tasks)[0] == pytest.approx(expected.item(), abs=1e-6)
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_a_batch_of_nothing_but_padding_is_zero_not_nan(name, options):
+    logits = torch.randn(1, 2, 3, 4, requires_grad=True)
+    stacks = stacked(logits, torch.zeros(2, 3).bool())
+    loss, _ = total_loss(stacks, {name: {"coefficient": 1.0, **options}}, torch.tensor([0, 1]))
+    assert loss == 0
+    assert (torch.autograd.grad(loss, logits)[0] == 0).all()
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_a_collapsed_router_has_a_finite_gradient(name, options):
+    logits = torch.tensor([300.0, -300.0, 0.0, 0.0]).expand(1, 2, 3, 4).clone().requires_grad_()
+    loss, _ = total_loss(stacked(logits, None), {name: {"coefficient": 1.0, **options}}, torch.tensor([0, 1]))
+    assert torch.isfinite(loss)
+    assert torch.isfinite(torch.autograd.grad(loss, logits)[0]).all()
+
+
+LN4 = math.log(4)
+EVEN = torch.zeros(1, 2, 4, 4)
+COLLAPSED = torch.tensor([60.0, 0.0, 0.0, 0.0]).expand(1, 2, 4, 4)
+BY_TASK = (60.0 * torch.eye(4)[torch.tensor([0, 1])]).reshape(1, 2, 1, 4).expand(1, 2, 4, 4)
+"""Each of two sequences sends all its tokens to one expert of its own."""
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "logits", "value"),
+    [
+        ("load_balancing", {}, EVEN, 1),
+        ("load_balancing", {}, COLLAPSED, 4),
+        ("load_balancing", {"scope": "batch"}, BY_TASK, 2),
+        ("localized_balancing", {"delta": 0.0}, EVEN, 0),
+        ("localized_balancing", {"delta": 0.0}, COLLAPSED[:, :1], 4),
+        ("mutual_information", {}, EVEN, 0),
+        ("mutual_information", {}, COLLAPSED, 0),
+        ("mutual_information", {}, BY_TASK, -math.log(2)),
+        ("parameter_penalty", {}, COLLAPSED, 2),  # the first expert has half the mean rank
+        ("router_entropy", {}, EVEN, LN4),
+        ("router_entropy", {}, COLLAPSED, 0),
+        ("importance", {}, EVEN, 0),
+        ("importance", {}, COLLAPSED, 3),
+        ("router_z", {}, EVEN, LN4**2),
+    ],
+)
+def test_value_at_balance_and_at_collapse(name, options, logits, value):
+    tasks = torch.arange(logits.shape[1])
+    got, _ = total_loss(stacked(logits, None), {name: {"coefficient": 1.0, **options}}, tasks)
+    assert got.item() == pytest.approx(value, abs=1e-5)
 
 
 def test_linears_that_collapse_onto_different_experts_are_not_called_balanced():
     collapsed = torch.stack([one_hot([[expert] * 8]) for expert in range(4)])
     assert load_balancing(collapsed.float(), collapsed) == pytest.approx(4)
-
-
-def test_padding_changes_neither_loss_nor_statistics():
-    probabilities = torch.randn(2, 6, 4).softmax(-1)
-    selected = probabilities > 0.25
-    mask = torch.ones(2, 6).bool()
-    padded = torch.nn.functional.pad(probabilities, (0, 0, 0, 3), value=0.25)
-    padded_mask = torch.nn.functional.pad(mask, (0, 3))
-    assert load_balancing(padded, padded > 0.25, padded_mask) == pytest.approx(load_balancing(probabilities, selected))
-
-    def counted(p, m):
-        routing = Routing(p.log(), p, p > 0.25, p)
-        return tally(stack_records([RoutingRecord("a", "default", routing, TokenMasks(m))])).metrics()
-
-    assert counted(padded, padded_mask) == pytest.approx(counted(probabilities, None))
-
-
-def test_a_batch_of_nothing_but_padding_is_zero_not_nan():
-    assert load_balancing(torch.full((1, 2, 4), 0.25), torch.ones(1, 2, 4).bool(), torch.zeros(1, 2).bool()) == 0
 
 
 def test_a_gate_that_underflows_stays_finite_and_keeps_one_expert():
@@ -93,47 +234,121 @@ def test_a_gate_that_underflows_stays_finite_and_keeps_one_expert():
     assert torch.isfinite(load_balancing(probabilities, selected))
 
 
-def test_statistics_of_passes_through_different_linears_add_up():
-    """Layers may be dropped at random, or chosen by the data."""
-    p = torch.full((1, 2, 4), 0.25)
-
-    def passed(*layers):
-        routing = Routing(p, p, p > 0, p)
-        return tally(stack_records([RoutingRecord(name, "default", routing, TokenMasks()) for name in layers]))
-
-    total = passed("a", "b") + passed("b", "c")
-    assert dict(zip(total.layers, total.tokens.tolist(), strict=True)) == {"a": 2, "b": 4, "c": 2}
-    assert total.metrics()["experts_per_token"] == 4
+def test_identical_null_experts_need_no_balance_among_themselves():
+    probabilities = torch.full((1, 4, 4), 0.25)
+    first_null_only = one_hot([[0, 1, 2, 2]])
+    assert load_balancing(probabilities, first_null_only, null_experts=2) == pytest.approx(1)
+    uneven = torch.tensor([0.2, 0.2, 0.5, 0.1]).expand(1, 4, 4)
+    assert load_balancing(uneven, first_null_only) > 1.2
+    assert load_balancing(uneven, first_null_only, null_experts=2) == pytest.approx(1)
 
 
-def test_statistics_of_a_known_routing():
-    probabilities = torch.tensor([[[0.5, 0.5, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]]])
-    routing = Routing(probabilities, probabilities, probabilities > 0, probabilities, torch.full((1, 2, 1), 0.2))
-    metrics = tally(stack_records([RoutingRecord("a", "default", routing, TokenMasks())])).metrics()
-    assert metrics["experts_per_token"] == pytest.approx(1.5)
-    assert metrics["load_max"] == pytest.approx(2 / 3)
-    assert metrics["dead_experts"] == 2
-    assert metrics["router_entropy"] == pytest.approx(0.5 * torch.tensor(2.0).log().item())
-    assert metrics["threshold_mean"] == pytest.approx(0.2)
+@pytest.mark.parametrize("scope", ["sequence", "batch"])
+def test_with_equal_ranks_the_parameter_penalty_is_load_balancing_per_selected_expert(scope):
+    probabilities = torch.randn(2, 6, 4).softmax(-1)
+    selected = torch.zeros(2, 6, 4).scatter(-1, probabilities.topk(2).indices, 1.0).bool()
+    penalty = parameter_penalty(probabilities, selected, [8, 8, 8, 8], scope=scope)
+    torch.testing.assert_close(penalty, 2 * load_balancing(probabilities, selected, scope=scope))
+
+
+def test_localized_balancing_gives_a_kinds_own_group_less():
+    """The direction is the opposite of what the paper's words suggest."""
+    logits = torch.zeros(2, 1, 4, requires_grad=True)
+    optimizer = torch.optim.Adam([logits], lr=0.05)
+    for _ in range(200):
+        optimizer.zero_grad()
+        localized_balancing(logits.softmax(-1), torch.tensor([0, 1])).backward()
+        optimizer.step()
+    first, second = logits.softmax(-1).squeeze(1).tolist()
+    assert [sum(first[:2]), sum(second[2:])] == pytest.approx([0.45, 0.45], abs=1e-3)
+
+
+def test_importance_reaches_only_selected_experts():
+    weights = torch.tensor([[[0.7, 0.3, 0.0]]], requires_grad=True)
+    selected = weights.detach() > 0
+    stack = stack_records(
+        [RoutingRecord("a", "x", Routing(weights, weights, selected, weights * selected), TokenMasks())]
+    )
+    loss, _ = total_loss(stack, {"importance": 1.0})
+    gradient = torch.autograd.grad(loss, weights)[0].flatten()
+    assert gradient[2] == 0
+    assert (gradient[:2] != 0).all()
+
+
+def test_what_is_counted_carries_no_gradient():
+    """With even probabilities fixed, no selection changes the sum of gradients: only probabilities are trained."""
+    probabilities = torch.full((1, 4, 4), 0.25, requires_grad=True)
+    for loss in (
+        load_balancing(probabilities, one_hot([[0, 0, 0, 1]])),
+        parameter_penalty(probabilities, one_hot([[0, 0, 0, 1]]), SIZES),
+    ):
+        gradient = torch.autograd.grad(loss, probabilities)[0]
+        assert gradient[..., 0].min() > gradient[..., 2].max()
+
+
+def test_linears_of_different_width_and_whole_sequence_decisions_add_up():
+    narrow, wide = torch.randn(2, 5, 4), torch.randn(2, 5, 6)
+    pooled = Routing(*(torch.full((2, 1, 4), 0.25),) * 2, torch.ones(2, 1, 4).bool(), torch.ones(2, 1, 4), None, True)
+    masks = TokenMasks(torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1]]))
+    records = [
+        RoutingRecord("a", "x", recorded(narrow).routing, masks),
+        RoutingRecord("b", "x", recorded(wide).routing, masks),
+        RoutingRecord("c", "x", pooled, masks),
+    ]
+    got, _ = total_loss(stack_records(records), {"load_balancing": 1.0})
+    each = [total_loss(stack_records([record]), {"load_balancing": 1.0})[0] for record in records]
+    torch.testing.assert_close(got, sum(each) / 3)
+    assert each[2] == pytest.approx(1)
+
+
+def test_tokens_that_a_module_flattened_find_their_row_again():
+    logits, mask = torch.randn(2, 5, 4), torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1]])
+    losses = {"load_balancing": 1.0, "mutual_information": 1.0, "localized_balancing": 1.0}
+    tasks = torch.tensor([0, 1])
+    expected, _ = total_loss(stack_records([recorded(logits, mask)]), losses, tasks)
+    got, _ = total_loss(stack_records([recorded(logits.flatten(0, 1), mask)]), losses, tasks)
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("name", [name for name, loss in LOSSES.items() if loss.needs_task_ids])
+@pytest.mark.parametrize(("tasks", "words"), [(None, "a task_ids column"), (torch.zeros(5), "2 rows")])
+def test_missing_or_misfit_task_ids_are_explained(name, tasks, words):
+    with pytest.raises(MoloraError, match=words):
+        total_loss(stacked(EVEN, None), {name: 1.0}, tasks)
 
 
 @pytest.mark.parametrize(
-    ("layer", "side"),
+    ("tasks", "groups", "words"), [([0, 2], 2, "0..1"), ([0, -1], 2, "0..1"), ([0, 1], 3, "3 equal groups")]
+)
+def test_kinds_without_a_group_of_experts_are_explained(tasks, groups, words):
+    with pytest.raises(MoloraError, match=words):
+        localized_balancing(EVEN[0], torch.tensor(tasks), groups=groups)
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value", "words"),
     [
-        ("encoder.block.0.layer.0.SelfAttention.q", "input"),
-        ("decoder.block.0.layer.0.SelfAttention.q", "decoder"),
-        ("decoder.block.0.layer.1.EncDecAttention.q", "decoder"),
-        ("decoder.block.0.layer.1.EncDecAttention.k", "input"),
-        ("model.decoder.layers.0.encoder_attn.v_proj", "input"),
-        ("model.decoder.layers.0.encoder_attn.out_proj", "decoder"),
+        ("load_balancing", "scop", "batch", "Did you mean 'scope'"),
+        ("load_balancing", "scope", "global", "'sequence', 'batch'"),
+        ("load_balancing", "scope", ["batch"], "'sequence', 'batch'"),
+        ("localized_balancing", "delta", 1.5, "from 0 to 1"),
+        ("localized_balancing", "delta", "0.1", "a number"),
+        ("localized_balancing", "delta", float("nan"), "a number"),
+        ("localized_balancing", "delta", True, "a number"),
+        ("localized_balancing", "groups", 2.0, "an integer of at least 1"),
+        ("router_z", "layer_reduction", "max", "'mean', 'sum'"),
     ],
 )
-def test_an_encoder_decoders_linears_find_their_own_mask(layer, side):
-    masks = TokenMasks(torch.ones(2, 5), torch.zeros(2, 5), encoder_decoder=True)
-    assert masks.of_layer(layer, torch.Size((2, 5))).all().item() == (side == "input")
+def test_impossible_options_are_explained(name, option, value, words):
+    assert words in option_problem(name, option, value)
 
 
-def test_with_a_cache_the_end_of_the_mask_counts():
-    masks = TokenMasks(torch.tensor([[0, 1, 1], [1, 1, 1]]))
-    assert masks.of_layer("a", torch.Size((2, 1))).tolist() == [[True], [True]]
-    assert masks.of_layer("a", torch.Size((2, 3))).tolist() == [[False, True, True], [True, True, True]]
+def test_possible_options_have_no_problem_and_defaults_are_those_of_the_functions():
+    assert option_problem("localized_balancing", "delta", 1) is None
+    assert option_problem("router_entropy", "layer_reduction", "sum") is None
+    for name, loss in LOSSES.items():
+        parameters = inspect.signature(getattr(losses_module, name)).parameters
+        for option, kind in loss.options.items():
+            default = kind.default if isinstance(kind, Number) else kind.allowed[0]
+            assert option == "layer_reduction" or parameters[option].default == default
+            assert option_problem(name, option, default) is None

@@ -9,11 +9,12 @@ from datasets import Dataset
 from peft import get_peft_model
 from transformers import DataCollatorForSeq2Seq, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
-from trl import SFTConfig
+from trl import DPOConfig, DPOTrainer, SFTConfig
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from molora import MoLoraConfig
+from molora import MoLoraConfig, MoloraError
 from molora.data.collate import TaskCollator
-from molora.trainers import MoLoraSFTTrainer, MoLoraTrainer
+from molora.trainers import MoLoraSFTTrainer, MoLoraTrainer, RoutingLossMixin
 
 TRAINERS = {"transformers": (MoLoraTrainer, TrainingArguments), "sft": (MoLoraSFTTrainer, SFTConfig)}
 
@@ -225,3 +226,114 @@ def test_mixtures_without_a_token_router_train_too(preset, tmp_path):
     before = {name: p.clone() for name, p in model.named_parameters() if p.requires_grad}
     trainer_for("sft", tmp_path, model).train()
     assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_losses_that_compare_tasks_get_the_task_of_every_row(kind, tmp_path):
+    losses = {"mutual_information": 1.0, "localized_balancing": 1.0}
+    trainer = trainer_for(kind, tmp_path, adapted("mole", routing_losses=losses), per_device_train_batch_size=4)
+    trainer.train()
+    logged = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    assert logged["molora/mutual_information"] < 0
+    assert logged["molora/localized_balancing"] > 0
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_data_without_task_ids_are_an_error_that_says_what_to_add(kind, tmp_path):
+    model = adapted("mole", routing_losses={"mutual_information": 1.0})
+    trainer = trainer_for(kind, tmp_path, model, train=rows().remove_columns("task_ids"))
+    with pytest.raises(MoloraError, match="a task_ids column in the dataset"):
+        trainer.train()
+
+
+def test_trls_own_collator_keeps_task_ids_too(tmp_path):
+    losses = {"mutual_information": 1.0}
+    trainer = trainer_for("sft", tmp_path, adapted("mole", routing_losses=losses), per_device_train_batch_size=8)
+    trainer.data_collator = DataCollatorForLanguageModeling(pad_token_id=0)
+    trainer.train()
+    assert sorted(trainer.task_ids.tolist()) == [0, 0, 0, 0, 1, 1, 1, 1]
+
+
+BALANCED = {"preset": "mole", "selection": "top_k", "top_k": 2, "routing_losses": {}, "balance_bias_rate": 0.5}
+
+
+def biases(model):
+    return {name: p.clone() for name, p in model.named_parameters() if "molora_bias" in name}
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_balancing_biases_move_once_a_step_whatever_the_accumulation(kind, tmp_path):
+    def trained(**arguments):
+        model = adapted(**BALANCED)
+        trainer = trainer_for(kind, tmp_path, model, max_steps=1, **arguments)
+        trainer.evaluate(rows())
+        assert all((bias == 0).all() for bias in biases(model).values()), "evaluation moved a bias"
+        trainer.train()
+        return biases(model)
+
+    whole = trained(per_device_train_batch_size=8)
+    accumulated = trained(per_device_train_batch_size=2, gradient_accumulation_steps=4, gradient_checkpointing=True)
+    assert whole
+    assert_same(whole, accumulated)
+    assert {value for bias in whole.values() for value in bias.abs().unique().tolist()} <= {0.0, 0.5}
+    assert all((bias > 0).any() and (bias < 0).any() for bias in whole.values())
+
+
+def test_a_resumed_run_continues_biases_and_schedules(tmp_path):
+    fields = {
+        **BALANCED,
+        "top_k": 4,
+        "routing_schedules": {"top_k": {"start": 4, "end": 1}, "temperature": {"start": 4.0, "end": 1.0}},
+    }
+
+    def trainer(folder):
+        model = adapted(**fields)
+        saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "per_device_train_batch_size": 2}
+        return trainer_for("transformers", folder, model, **saving)
+
+    straight = trainer(tmp_path)
+    straight.train()
+    half = MoLoraConfig.from_pretrained(str(tmp_path / "checkpoint-2"))
+    assert (half.top_k, half.temperature) == (3, 3.0)
+    resumed = trainer(tmp_path)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    expected = dict(straight.model.named_parameters())
+    for name, parameter in resumed.model.named_parameters():
+        assert torch.equal(parameter, expected[name]), name
+    assert resumed.model.peft_config["default"].top_k == 1
+    specs = [spec for module in resumed.model.modules() for spec in getattr(module, "molora_spec", {}).values()]
+    assert specs
+    assert {(spec.top_k, spec.temperature) for spec in specs} == {(1, 1.0)}
+
+
+class PreferenceTrainer(RoutingLossMixin, DPOTrainer):
+    pass
+
+
+def test_preference_pairs_have_the_task_of_their_row(tmp_path):
+    data = [{"prompt": "ab", "chosen": "c" * (1 + i), "rejected": "dd", "task_ids": i % 2} for i in range(4)]
+    arguments = DPOConfig(
+        output_dir=str(tmp_path),
+        max_steps=1,
+        logging_steps=1,
+        per_device_train_batch_size=4,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        disable_tqdm=True,
+    )
+    trainer = PreferenceTrainer(
+        model=adapted("mole", routing_losses={"mutual_information": 1.0}),
+        args=arguments,
+        train_dataset=Dataset.from_list(data),
+        eval_dataset=Dataset.from_list(data),
+        processing_class=tiny.tiny_tokenizer(),
+    )
+    trainer.train()
+    assert len(trainer.task_ids) == 8
+    assert trainer.task_ids.tolist() == trainer.task_ids[:4].tolist() * 2
+    logged = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    assert logged["molora/mutual_information"] < 0
+    trainer.evaluate()
+    assert len(trainer.task_ids) == 8

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import MutableMapping
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -11,11 +12,11 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from molora.losses import total_loss
+from molora.routing.inputs import routing_inputs, scopes
 from molora.routing.record import RoutingRecord, record_routing, stack_records
 from molora.routing.statistics import RoutingTally, tally
-
-TASK_IDS = "task_ids"
-"""Batch column `[B]` with the index of each row's task. Reaches the trainer, not the model."""
+from molora.trainers.callbacks import BalanceBiasCallback, RoutingScheduleCallback, trained_adapters
+from molora.trainers.columns import COLUMNS, PROMPT_MASK, TASK_IDS, ColumnCollator, prompt_of_batch, take_columns
 
 LOG_PREFIX = "molora/"
 
@@ -27,6 +28,9 @@ class RoutingLossMixin:
     one place every trainer has where the forward passes have run and the backward pass has not, and only in training:
     `eval_loss` stays the task's. Statistics are logged beside the loss under `molora/`.
 
+    Columns `task_ids`, `expert_scores` and `prompt_mask` of the dataset reach the routing in training and evaluation,
+    and not the base model. Balancing biases and `routing_schedules` of the configs are kept up by callbacks.
+
     Attributes:
         task_ids: Tasks of the current batch, `[B]`, or `None` if the data has no such column.
     """
@@ -34,6 +38,12 @@ class RoutingLossMixin:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.task_ids: Tensor | None = None
+        self._columns: dict[str, Tensor] = {}
+        self._evaluation: ExitStack | None = None
+        self._balance = BalanceBiasCallback()
+        trainer: Any = self
+        trainer.add_callback(self._balance)
+        trainer.add_callback(RoutingScheduleCallback())
         self._routing_tallies: dict[str, RoutingTally] = {}
         self._routing_values: dict[str, list[Tensor]] = defaultdict(list)
 
@@ -46,15 +56,19 @@ class RoutingLossMixin:
             RuntimeError: If losses are configured and no layer recorded a decision that carries a gradient.
         """
         trainer: Any = super()
-        if not (self.model.training and torch.is_grad_enabled()):
-            return trainer.compute_loss(
-                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
-            )
-        labels = inputs.get("labels") if isinstance(inputs, MutableMapping) else None
-        with record_routing(self.model, with_grad_only=True, labels=labels) as records:
+        self._take(inputs)
+        labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
+        with ExitStack() as block:
+            block.enter_context(self._given(inputs))
+            training = self.model.training and torch.is_grad_enabled()
+            records: list[RoutingRecord] = []
+            if training:
+                records = block.enter_context(record_routing(self.model, with_grad_only=True, labels=labels))
             result = trainer.compute_loss(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
+        if not training:
+            return result
         loss, *outputs = result if return_outputs else (result,)
         loss = loss + self._routing_loss(records) / self._accumulation_divisor(num_items_in_batch)
         return (loss, *outputs) if return_outputs else loss
@@ -65,13 +79,16 @@ class RoutingLossMixin:
         for record in records:
             by_adapter[record.adapter].append(record)
         total: Tensor | float = 0.0
-        for adapter in self._active_adapters():
-            losses = getattr(self.model.peft_config[adapter], "routing_losses", {})
+        for adapter in trained_adapters(self.model):
+            config = self.model.peft_config[adapter]
+            losses = getattr(config, "routing_losses", {})
             if adapter in by_adapter:
                 stacks = stack_records(by_adapter[adapter])
-                value, values = total_loss(stacks, losses)
+                value, values = total_loss(stacks, losses, self.task_ids)
                 total = total + value
                 self._remember(self._log_name(adapter, by_adapter), tally(stacks), values)
+                if getattr(config, "balance_bias_rate", None) is not None:
+                    self._balance.count(adapter, stacks)
             elif losses:
                 raise RuntimeError(
                     f"routing_losses of adapter {adapter!r} found no routing decision that carries a gradient. With "
@@ -79,11 +96,6 @@ class RoutingLossMixin:
                     "loss was computed without calling the adapted model."
                 )
         return total
-
-    def _active_adapters(self) -> list[str]:
-        active = getattr(self.model, "active_adapters", [])
-        names = active() if callable(active) else active  # a method on transformers models, a property on PEFT's
-        return [name for name in names if name in getattr(self.model, "peft_config", {})]
 
     def _log_name(self, adapter: str, by_adapter: dict[str, list[RoutingRecord]]) -> str:
         return LOG_PREFIX if len(by_adapter) == 1 else f"{LOG_PREFIX}{adapter}/"
@@ -138,11 +150,47 @@ class RoutingLossMixin:
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()  # type: ignore[misc]  # the trainer this is mixed into
-        if TASK_IDS not in self._signature_columns:
-            self._signature_columns = [*self._signature_columns, TASK_IDS]
+        known = self._signature_columns
+        self._signature_columns = [*known, *(name for name in COLUMNS if name not in known)]
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        # Most collators drop or choke on columns they do not know. Wrapped here and not for good, because trainers
+        # ask what kind of collator they have.
+        collator = self.data_collator
+        self.data_collator = ColumnCollator(collator)
+        try:
+            return super()._get_dataloader(*args, **kwargs)  # type: ignore[misc]  # the trainer this is mixed into
+        finally:
+            self.data_collator = collator
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Predict as the trainer does, with the routing inputs of the batch."""
+        with ExitStack() as self._evaluation:
+            try:
+                return super().prediction_step(*args, **kwargs)  # type: ignore[misc]
+            finally:
+                self._evaluation = None
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         inputs = super()._prepare_inputs(inputs)  # type: ignore[misc]  # the trainer this is mixed into
-        # transformers' padding collators return a BatchEncoding, which is a mapping and no dict.
-        self.task_ids = inputs.pop(TASK_IDS, None) if isinstance(inputs, MutableMapping) else None
+        self.task_ids, self._columns = None, {}
+        self._take(inputs)
+        if self._evaluation is not None:  # the model may be called without `compute_loss`
+            self._evaluation.enter_context(self._given(inputs))
         return inputs
+
+    def _take(self, inputs: Any) -> None:
+        """Take the routing columns out of a batch, and keep them until the next one."""
+        columns = take_columns(inputs)
+        if columns:
+            self._columns = columns
+            self.task_ids = columns.get(TASK_IDS)
+
+    def _given(self, inputs: Any) -> AbstractContextManager[None]:
+        """A block in which the layers find the routing columns of a batch."""
+        given: dict[str, Any] = dict(self._columns)
+        if not getattr(self.model.config, "is_encoder_decoder", False):  # whose labels belong to other tokens
+            prompt = prompt_of_batch(inputs)
+            if prompt is not None:
+                given.setdefault(PROMPT_MASK, prompt)
+        return routing_inputs(self.model, **given) if given and scopes(self.model) else nullcontext()

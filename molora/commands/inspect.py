@@ -14,6 +14,7 @@ from molora.adapters import read_adapter_config, read_adapter_tensors
 from molora.commands.parameters import count_by_kind
 from molora.config import MoLoraConfig
 from molora.evaluation import TaskScore, score_table
+from molora.plan import routing_spec
 from molora.report import REPORT_FILE, TaskRouting, routing_table
 
 
@@ -38,7 +39,7 @@ def run(directory: str) -> int:
 
 
 def _summary(config: MoLoraConfig) -> Table:
-    spec = config.routing_spec()
+    spec = routing_spec(config)
     limit = {
         "top_k": f" (k = {spec.top_k})",
         "top_p": f" (p = {spec.top_p:g})",

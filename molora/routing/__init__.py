@@ -1,30 +1,31 @@
 """Routing as orthogonal choices: router, gate, selection, weights. Pure functions; modules only hold parameters."""
 
-from molora.routing.gates import GATES
-from molora.routing.route import Routing, RoutingSpec, route
-from molora.routing.router import (
-    INPUT_DEPENDENT_ROUTERS,
-    ROUTER_INITS,
-    ROUTERS,
-    LinearRouter,
-    StaticRouter,
-    ThresholdNet,
-)
-from molora.routing.selection import SELECTION_OF_FIELD, SELECTIONS
+from molora.routing.gates import GATES, SUMS_TO_ONE
+from molora.routing.parts import BalanceBias, Blend, ThresholdNet
+from molora.routing.route import NO_EXTRAS, Routing, RoutingExtras, RoutingSpec, fixed, route
+from molora.routing.routers import ROUTER_INITS, ROUTERS, Router, RouterInput, RouterSize, reads
+from molora.routing.selection import SELECTIONS, SELECTIONS_OF_FIELD
 from molora.routing.weights import WEIGHTS
 
 __all__ = [
     "GATES",
-    "INPUT_DEPENDENT_ROUTERS",
+    "NO_EXTRAS",
     "ROUTERS",
     "ROUTER_INITS",
     "SELECTIONS",
-    "SELECTION_OF_FIELD",
+    "SELECTIONS_OF_FIELD",
+    "SUMS_TO_ONE",
     "WEIGHTS",
-    "LinearRouter",
+    "BalanceBias",
+    "Blend",
+    "Router",
+    "RouterInput",
+    "RouterSize",
     "Routing",
+    "RoutingExtras",
     "RoutingSpec",
-    "StaticRouter",
     "ThresholdNet",
+    "fixed",
+    "reads",
     "route",
 ]

@@ -7,66 +7,20 @@ generation, a reference model's pass, or anything else outside the block.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from molora.routing.masks import TokenMasks, reads_decoder, token_masks
 from molora.routing.route import Routing
 
 RECORDER = "routing_recorder"
 """A layer class that has this attribute hands its decisions to the recorder found there, unless it is `None`."""
-
-
-@dataclass(frozen=True)
-class TokenMasks:
-    """Masks of one forward pass, true for real tokens.
-
-    Attributes:
-        of_input: `[B, S]` of the model's input, the encoder's if it has one; `None` if all tokens are real.
-        of_decoder: `[B, S]` of an encoder-decoder's decoder; `None` as above.
-        encoder_decoder: Whether the model has both sides.
-    """
-
-    of_input: Tensor | None = None
-    of_decoder: Tensor | None = None
-    encoder_decoder: bool = False
-
-    def of_layer(self, layer: str, shape: torch.Size) -> Tensor | None:
-        """Find the mask of one layer's tokens.
-
-        Args:
-            layer: Name of the linear; tells an encoder-decoder's two sides apart.
-            shape: `[B, S]` or `[T]` of the layer's tokens.
-
-        Returns:
-            Boolean mask of that shape, or `None` if every token counts. With a key-value cache the mask is longer than
-            the input, and its end is what belongs to it.
-        """
-        mask = self.of_decoder if self.encoder_decoder and _reads_decoder(layer) else self.of_input
-        if not isinstance(mask, Tensor) or mask.ndim != 2:
-            return None
-        if len(shape) == 2 and mask.shape[0] == shape[0] and mask.shape[1] >= shape[1]:
-            return mask[:, mask.shape[1] - shape[1] :].bool()
-        return mask.reshape(shape).bool() if mask.numel() == shape.numel() else None
-
-
-def token_masks(kwargs: dict[str, Any], encoder_decoder: bool) -> TokenMasks:
-    """Read the masks from a model's keyword arguments; a decoder without one takes the labelled positions."""
-    of_decoder, labels = kwargs.get("decoder_attention_mask"), kwargs.get("labels")
-    if encoder_decoder and of_decoder is None and labels is not None:
-        of_decoder = labels != -100
-    return TokenMasks(kwargs.get("attention_mask"), of_decoder, encoder_decoder)
-
-
-def _reads_decoder(layer: str) -> bool:
-    # Keys and values of cross-attention stand in the decoder and read the encoder's tokens.
-    cross_key_value = re.search(r"(EncDecAttention|encoder_attn|crossattention)\.(.*\.)?(k|v|key|value)", layer)
-    return re.search(r"(^|\.)decoder\.", layer) is not None and not cross_key_value
 
 
 @dataclass(frozen=True)
@@ -76,19 +30,46 @@ class RoutingRecord:
     Attributes:
         layer: Name of the linear inside the model.
         adapter: Name of the adapter.
-        routing: The decision, tensors `[B, S, E]` or `[T, E]`, still attached to the graph.
+        routing: The decision, tensors `[B, S, E]` or `[T, E]`, still attached to the graph; `[B, 1, E]` for a
+            decision about whole sequences.
         masks: Which tokens of the forward pass are real.
+        sizes: Rank of each expert that is routed to; empty if the layer did not say.
+        null_experts: How many of the decision's columns, at the end, are null experts.
     """
 
     layer: str
     adapter: str
     routing: Routing
     masks: TokenMasks
+    sizes: tuple[int, ...] = ()
+    null_experts: int = 0
+
+    @property
+    def per_sequence(self) -> bool:
+        """Whether the decision is about whole sequences, so that no token of them is padding."""
+        return self.routing.per_sequence
 
     @property
     def mask(self) -> Tensor | None:
         """Boolean `[B, S]` or `[T]`, true for real tokens; `None` when all are."""
+        if self.per_sequence:
+            return None
         return self.masks.of_layer(self.layer, self.routing.logits.shape[:-1])
+
+    @property
+    def rows(self) -> torch.Size:
+        """`[B, S]` of the decision's tokens. Those a module flattened get their rows back if the mask knows them."""
+        shape = self.routing.logits.shape[:-1]
+        if len(shape) > 1:
+            return torch.Size((shape[0], shape[1:].numel()))
+        whole = self.masks.of_decoder if self.reads_decoder else self.masks.of_input
+        known = isinstance(whole, Tensor) and whole.ndim == 2 and whole.numel() == shape.numel()
+        return whole.shape if known and whole is not None else torch.Size((1, *shape))
+
+    @property
+    def reads_decoder(self) -> bool:
+        """Whether the tokens are those of an encoder-decoder's decoder."""
+        return self.masks.encoder_decoder and reads_decoder(self.layer)
 
 
 class RoutingRecorder:
@@ -113,12 +94,24 @@ class RoutingRecorder:
         # Nobody reads the records of a copied model, and tensors of a graph cannot be copied.
         return RoutingRecorder()
 
-    def append(self, layer: str, adapter: str, routing: Routing) -> None:
-        """Called by a layer for each decision. Keeps references only: recomputation must run the same operations."""
+    def append(
+        self, layer: str, adapter: str, routing: Routing, sizes: Sequence[int] = (), null_experts: int = 0
+    ) -> None:
+        """Called by a layer for each decision. Keeps references only: recomputation must run the same operations.
+
+        Args:
+            layer: Name of the layer.
+            adapter: Name of the adapter.
+            routing: The decision.
+            sizes: Rank of each expert; those of shared experts may follow.
+            null_experts: How many columns of the decision, at the end, are null experts.
+        """
         if torch.is_grad_enabled() or not self._with_grad_only:
-            self.records.append(RoutingRecord(layer, adapter, routing, self._masks))
+            routed = routing.logits.shape[-1] - null_experts
+            ranks = tuple(sizes)[:routed]
+            self.records.append(RoutingRecord(layer, adapter, routing, self._masks, ranks, null_experts))
         if self._outer is not None:
-            self._outer.append(layer, adapter, routing)
+            self._outer.append(layer, adapter, routing, sizes, null_experts)
 
     def note_masks(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the whole model: remember which tokens of this pass are padding."""
@@ -159,44 +152,82 @@ def record_routing(
 class StackedRouting:
     """The decisions of several linears about the same tokens, stacked so that each statistic is one operation.
 
+    The columns are stacked when first read: a loss that needs no logits should not pay for a copy of them.
+
     Attributes:
         layers: Names of the linears, L of them.
-        probabilities: `[L, B, S, E]`; tokens without batch dimension count as one sequence.
-        selected: Boolean `[L, B, S, E]`.
-        threshold: Learned thresholds `[L, B, S, 1]`, or `None`.
+        routings: The decision of each.
+        rows: `[B, S]`. Tokens that are not known to belong to rows count as one; `[B, 1]` for decisions about whole
+            sequences.
         mask: Boolean `[B, S]`, true for real tokens; `None` when all are.
+        sizes: Rank of each expert, E of them; all 1 if the layers did not say.
+        null_experts: How many columns behind the first E are null experts.
+        per_sequence: Whether the decisions are about whole sequences.
     """
 
     layers: tuple[str, ...]
-    probabilities: Tensor
-    selected: Tensor
-    threshold: Tensor | None
+    routings: tuple[Routing, ...]
+    rows: torch.Size
     mask: Tensor | None
+    sizes: tuple[int, ...]
+    null_experts: int = 0
+    per_sequence: bool = False
+
+    @property
+    def num_experts(self) -> int:
+        """E, without null experts and shared ones."""
+        return len(self.sizes)
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """`[L, B, S, E + null_experts]`."""
+        return self._column("logits")
+
+    @cached_property
+    def probabilities(self) -> Tensor:
+        """`[L, B, S, E + null_experts]`."""
+        return self._column("probabilities")
+
+    @cached_property
+    def selected(self) -> Tensor:
+        """Boolean `[L, B, S, E + null_experts]`."""
+        return self._column("selected")
+
+    @cached_property
+    def weights(self) -> Tensor:
+        """`[L, B, S, E]`, and behind them those of shared experts."""
+        return self._column("weights")
+
+    @cached_property
+    def threshold(self) -> Tensor | None:
+        """Learned thresholds `[L, B, S, 1]`, or `None`."""
+        return None if self.routings[0].threshold is None else self._column("threshold")
+
+    def _column(self, name: str) -> Tensor:
+        columns = [getattr(routing, name) for routing in self.routings]
+        return torch.stack([column.reshape(*self.rows, column.shape[-1]) for column in columns])
 
 
 def stack_records(records: Iterable[RoutingRecord]) -> list[StackedRouting]:
-    """Group records of equal shape and masks, and stack each group."""
+    """Group records of equal shape and masks, and stack each group. Linears may differ in their number of experts."""
     groups: dict[Any, list[RoutingRecord]] = {}
     for record in records:
-        side = record.masks.encoder_decoder and _reads_decoder(record.layer)
-        groups.setdefault((record.routing.logits.shape, id(record.masks), side), []).append(record)
+        routing = record.routing
+        shapes = (routing.logits.shape, routing.weights.shape, routing.threshold is None)
+        kind = (record.reads_decoder, record.per_sequence, record.sizes, record.null_experts)
+        groups.setdefault((shapes, id(record.masks), kind), []).append(record)
     return [_stack(group) for group in groups.values()]
 
 
 def _stack(records: list[RoutingRecord]) -> StackedRouting:
     first = records[0]
     mask = first.mask
-    lead = (1,) if first.routing.logits.ndim == 2 else ()
-
-    def column(name: str) -> Tensor:
-        return torch.stack(
-            [getattr(record.routing, name).reshape(*lead, *first.routing.logits.shape[:-1], -1) for record in records]
-        )
-
     return StackedRouting(
         tuple(record.layer for record in records),
-        column("probabilities"),
-        column("selected"),
-        None if first.routing.threshold is None else column("threshold"),
-        None if mask is None else mask.reshape(*lead, *mask.shape),
+        tuple(record.routing for record in records),
+        first.rows,
+        None if mask is None else mask.reshape(first.rows),
+        first.sizes or (1,) * (first.routing.logits.shape[-1] - first.null_experts),
+        first.null_experts,
+        first.per_sequence,
     )

@@ -8,25 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from molora.routing.gates import GATES
-from molora.routing.selection import SELECTIONS
-from molora.routing.weights import WEIGHTS, keep_selected
+from molora.routing.gates import GATES, SUMS_TO_ONE, normalize_logits
+from molora.routing.precision import promote
+from molora.routing.selection import SELECTIONS, within_capacity
+from molora.routing.sparsemixer import sparsemixer
+from molora.routing.weights import WEIGHTS, Scored, keep_selected, with_shared
 
 
 @dataclass(frozen=True)
 class RoutingSpec:
-    """The routing choices of one adapter, resolved: no field is left to a default.
+    """The routing choices of one adapted module, resolved: no field is left to a default of the config.
 
-    Attributes:
-        gate: Name in `GATES`.
-        selection: Name in `SELECTIONS`.
-        weights: Name in `WEIGHTS`.
-        renormalize: Make the weights of the selected experts sum to one.
-        temperature: Divides the logits before the gate.
-        top_k: Experts kept by `selection="top_k"`.
-        top_p: Share of probability kept by `selection="top_p"`.
-        threshold: Level of `selection="threshold"`.
-        max_threshold: Upper limit of the level that `selection="adaptive_threshold"` learns.
+    Each attribute is the field of `MoLoraConfig` of that name.
     """
 
     gate: str
@@ -38,18 +31,32 @@ class RoutingSpec:
     top_p: float
     threshold: float
     max_threshold: float
+    top_gap: float = 0.1
+    expert_groups: int = 1
+    min_logit: float | None = None
+    null_experts: int = 0
+    shared_experts: int = 0
+    shared_weight: str = "one"
+    score_weight: float | None = None
+    blend_coefficients: tuple[float, float] = (1.0, 1.0)
+    logit_norm: float | None = None
+    router_noise: float = 0.0
+    router_jitter: float = 0.0
+    expert_dropout: float = 0.0
+    capacity_factor: float | None = None
 
 
 @dataclass(frozen=True)
 class Routing:
-    """What one linear decided for its tokens. All tensors are fp32 except the mask.
+    """What one module decided for its tokens. All tensors are in fp32 or fp64, except the mask.
 
     Attributes:
-        logits: `[..., E]`.
-        probabilities: `[..., E]`, the gate's output.
-        selected: Boolean `[..., E]`, the experts kept.
-        weights: `[..., E]`, the mixing weights; zero where not selected.
+        logits: `[..., E + null_experts]`.
+        probabilities: Likewise, the gate's output.
+        selected: Boolean, likewise, the experts kept.
+        weights: `[..., E + shared_experts]`, the mixing weights; zero where not selected.
         threshold: `[..., 1]`, the learned level per token; `None` unless the selection has one.
+        per_sequence: The decision holds for whole sequences: every tensor is `[B, 1, ...]`.
     """
 
     logits: Tensor
@@ -57,40 +64,132 @@ class Routing:
     selected: Tensor
     weights: Tensor
     threshold: Tensor | None = None
+    per_sequence: bool = False
+
+
+@dataclass(frozen=True)
+class RoutingExtras:
+    """What a decision may depend on besides the router's logits. Shapes broadcast against `[..., E]`.
+
+    Attributes:
+        threshold_logit: `[..., 1]`, the threshold net's output.
+        bias: `[E]`, the balancing bias: experts are ranked with it.
+        noise_scale: `[..., E]`, standard deviation of learned logit noise.
+        scores: External scores, such as similarities to a prompt.
+        allowed: Boolean, false for banned experts; at least one per token is allowed.
+        mix: `[1]`, share of the router in `weights="blend"`.
+        mask: Boolean `[...]` without E, true for real tokens.
+        training: Whether noise, dropout and capacity apply.
+    """
+
+    threshold_logit: Tensor | None = None
+    bias: Tensor | None = None
+    noise_scale: Tensor | None = None
+    scores: Tensor | None = None
+    allowed: Tensor | None = None
+    mix: Tensor | None = None
+    mask: Tensor | None = None
+    training: bool = False
+
+
+NO_EXTRAS = RoutingExtras()
 
 
 def adaptive_level(threshold_logit: Tensor, max_threshold: float) -> Tensor:
     """Threshold of each token, `max_threshold * sigmoid(logit)` (AdaMoLE, arXiv 2405.00361, eq. 5), `[..., 1]`."""
-    return max_threshold * torch.sigmoid(threshold_logit.float())
+    return max_threshold * torch.sigmoid(promote(threshold_logit))
 
 
-def route(logits: Tensor, spec: RoutingSpec, threshold_logit: Tensor | None = None) -> Routing:
+def route(logits: Tensor, spec: RoutingSpec, extras: RoutingExtras = NO_EXTRAS) -> Routing:
     """Turn router logits into mixing weights.
 
     Args:
-        logits: `[..., E]`.
+        logits: `[..., E + null_experts]`.
         spec: The routing choices.
-        threshold_logit: `[..., 1]`, the threshold net's output; needed by `adaptive_threshold` only.
+        extras: What else the decision depends on.
 
     Returns:
         The routing decision. A token that selects nothing has all-zero weights.
     """
-    probabilities = GATES[spec.gate](logits, spec.temperature)
-    level: float | Tensor = spec.threshold
-    options: dict[str, Any] = {}
-    if spec.selection == "top_k":
-        options = {"k": spec.top_k}
-    elif spec.selection == "top_p":
-        options = {"p": spec.top_p}
-    elif spec.selection == "threshold":
-        options = {"level": level}
-    elif spec.selection == "adaptive_threshold":
-        if threshold_logit is None:
-            raise ValueError("selection 'adaptive_threshold' needs `threshold_logit`")
-        level = adaptive_level(threshold_logit, spec.max_threshold)
-        options = {"level": level}
-    selected = SELECTIONS[spec.selection](probabilities.detach(), **options)
-    values = WEIGHTS[spec.weights](probabilities, level)
-    weights = keep_selected(values, selected, spec.renormalize)
-    learned = level if isinstance(level, Tensor) else None
-    return Routing(logits.float(), probabilities, selected, weights, learned)
+    logits = _modified(promote(logits), spec, extras)
+    if spec.selection == "sparsemixer":
+        selected, values = sparsemixer(logits, spec.top_k, spec.router_jitter, extras.training)
+        return Routing(logits, torch.softmax(logits, dim=-1), selected, _mixed(values, selected, spec))
+    probabilities = GATES[spec.gate](logits, spec.temperature, extras.training)
+    if spec.expert_dropout and extras.training:
+        probabilities = probabilities * (torch.rand_like(probabilities) >= spec.expert_dropout)
+    level = _level(spec, extras)
+    keys = probabilities if extras.bias is None else probabilities + extras.bias
+    selected = _selected(keys.detach(), logits.detach(), level, spec, extras)
+    scored = Scored(
+        logits,
+        probabilities,
+        keys,
+        selected,
+        level,
+        spec.temperature,
+        extras.scores,
+        extras.mix,
+        spec.blend_coefficients,
+    )
+    weights = _mixed(WEIGHTS[spec.weights](scored), selected, spec)
+    return Routing(logits, probabilities, selected, weights, level if isinstance(level, Tensor) else None)
+
+
+def fixed(weights: Tensor, per_sequence: bool) -> Routing:
+    """The decision that was made elsewhere: weights `[..., E]` of any sign."""
+    return Routing(weights, weights, weights != 0, weights, per_sequence=per_sequence)
+
+
+def _modified(logits: Tensor, spec: RoutingSpec, extras: RoutingExtras) -> Tensor:
+    """The logits with external scores, normalisation, noise and bans applied, in that order."""
+    if spec.score_weight is not None and extras.scores is not None:
+        logits = logits + spec.score_weight * extras.scores
+    if spec.logit_norm is not None:
+        logits = normalize_logits(logits, spec.logit_norm)
+    if extras.training and spec.router_noise:
+        logits = logits + spec.router_noise * torch.randn_like(logits)
+    if extras.training and extras.noise_scale is not None:
+        logits = logits + extras.noise_scale * torch.randn_like(logits)
+    if extras.allowed is not None and spec.gate in SUMS_TO_ONE:
+        logits = logits.masked_fill(~extras.allowed, -torch.inf)
+    return logits
+
+
+def _level(spec: RoutingSpec, extras: RoutingExtras) -> float | Tensor:
+    if spec.selection != "adaptive_threshold":
+        return spec.threshold
+    if extras.threshold_logit is None:
+        raise ValueError("selection 'adaptive_threshold' needs `threshold_logit`")
+    return adaptive_level(extras.threshold_logit, spec.max_threshold)
+
+
+def _selected(keys: Tensor, logits: Tensor, level: float | Tensor, spec: RoutingSpec, extras: RoutingExtras) -> Tensor:
+    options: dict[str, dict[str, Any]] = {
+        "top_k": {"k": spec.top_k},
+        "top_k_magnitude": {"k": spec.top_k},
+        "top_p": {"p": spec.top_p},
+        "threshold": {"level": level},
+        "adaptive_threshold": {"level": level},
+        "top_1_or_2": {"gap": spec.top_gap},
+        "grouped_top_1": {"groups": spec.expert_groups},
+    }
+    if extras.allowed is not None:
+        # Last in every ranking, but for those by magnitude, where that is zero.
+        worst = 0.0 if spec.selection == "top_k_magnitude" else torch.finfo(keys.dtype).min
+        keys = keys.masked_fill(~extras.allowed, worst) if spec.selection != "top_p" else keys
+    selected = SELECTIONS[spec.selection](keys, **options.get(spec.selection, {}))
+    if extras.allowed is not None:
+        selected = selected & extras.allowed
+    if spec.min_logit is not None and not extras.training:
+        selected = selected & (logits >= spec.min_logit)
+    if spec.capacity_factor is not None and extras.training:
+        selected = within_capacity(selected, extras.mask, spec.capacity_factor, spec.top_k)
+    return selected
+
+
+def _mixed(values: Tensor, selected: Tensor, spec: RoutingSpec) -> Tensor:
+    """Weights of the true experts, then of the shared ones: null experts take part in the selection only."""
+    if spec.null_experts:
+        values, selected = values[..., : -spec.null_experts], selected[..., : -spec.null_experts]
+    return with_shared(keep_selected(values, selected, spec.renormalize), spec.shared_experts, spec.shared_weight)

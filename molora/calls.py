@@ -1,0 +1,124 @@
+"""Calls of a whole model: a scope for its adapted layers, and PEFT's models taking routing inputs as keywords."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import peft.peft_model
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from molora.bank import MoLoraLayer
+from molora.config import MoLoraConfig
+from molora.decide import BASE_HIDDEN
+from molora.routing.inputs import RoutingInputs, RoutingScope, routing_inputs
+
+_BACKBONE_INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
+_KEYWORDS = tuple(RoutingInputs.__dataclass_fields__)
+
+
+class ModelScope(RoutingScope):
+    """A scope that can ask the base model for its hidden states first.
+
+    Attributes:
+        wants_base: Whether an adapter's router reads the base model's last hidden states.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wants_base = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "wants_base": self.wants_base}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.wants_base = state["wants_base"]
+
+    def before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A call begins; if a router needs them, the base model's hidden states are computed."""
+        super().before_forward(model, args, kwargs)
+        call = self.call
+        if call is None or not self.wants_base or call.decoded or (call.kept and BASE_HIDDEN in call.kept):
+            return
+        if any(not layer.disable_adapters for layer in model.modules() if isinstance(layer, MoLoraLayer)):
+            call.shared[BASE_HIDDEN] = self._base_hidden(model, {"input_ids": args[0], **kwargs} if args else kwargs)
+            if call.kept is not None:
+                call.kept[BASE_HIDDEN] = True
+
+    def _base_hidden(self, model: nn.Module, kwargs: dict[str, Any]) -> Tensor:
+        """Last hidden states `[B, S, d]` of the model without any adapter."""
+        inputs = {name: kwargs[name] for name in _BACKBONE_INPUTS if kwargs.get(name) is not None}
+        backbone: Any = getattr(model, "base_model", model)
+        modes = {module: module.training for module in model.modules()}
+        self.silent = True
+        model.eval()
+        try:
+            with torch.no_grad():
+                decoder = {"use_cache": False} if getattr(model.config, "use_cache", None) is not None else {}
+                return backbone(**inputs, **decoder).last_hidden_state
+        finally:
+            self.silent = False
+            for module, mode in modes.items():
+                module.training = mode
+
+
+def needs_every_call(config: MoLoraConfig) -> bool:
+    """Whether an adapter must know of each forward pass as a whole, even if it is given no inputs."""
+    return (
+        config.router_level == "sequence"
+        or config.router_input == "base"
+        or config.router_sharing == "model"
+        or config.router == "recurrent"
+        or config.capacity_factor is not None
+    )
+
+
+def scope_of(model: nn.Module, always: bool, wants_base: bool) -> ModelScope:
+    """The scope of a model's adapted layers, made and hooked up with the first adapter.
+
+    Args:
+        model: The base model.
+        always: An adapter must know of every call.
+        wants_base: An adapter's router reads the base model's hidden states.
+    """
+    layers = [module for module in model.modules() if isinstance(module, MoLoraLayer)]
+    scope = next((s for layer in layers if isinstance(s := layer.routing_scope, ModelScope)), None)
+    if scope is None:
+        scope = ModelScope()
+        model.register_forward_pre_hook(scope.before_forward, with_kwargs=True)
+        model.register_forward_hook(scope.after_forward, always_call=True)
+    scope.always = scope.always or always
+    scope.wants_base = scope.wants_base or wants_base
+    return scope
+
+
+def take_routing_keywords() -> None:
+    """Let the `forward` and `generate` of PEFT's models take routing inputs, for models with a molora adapter.
+
+    PEFT's own signature has `task_ids`, and hands them to its Poly method only; there is no hook for another. Calls
+    without these keywords, and models without molora, go straight through.
+    """
+    for kind in vars(peft.peft_model).values():
+        if isinstance(kind, type) and issubclass(kind, PeftModel):
+            for method in ("forward", "generate"):
+                own = vars(kind).get(method)
+                if own is not None and not hasattr(own, "takes_routing_keywords"):
+                    setattr(kind, method, _taking_keywords(own, generating=method == "generate"))
+
+
+def _taking_keywords(method: Callable[..., Any], generating: bool) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def wrapped(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
+        if not any(isinstance(config, MoLoraConfig) for config in self.peft_config.values()):
+            return method(self, *args, **kwargs)
+        given = {name: kwargs.pop(name) for name in _KEYWORDS if kwargs.get(name) is not None}
+        with routing_inputs(self, **given, generating=generating) if given or generating else nullcontext():
+            return method(self, *args, **kwargs)
+
+    wrapped.takes_routing_keywords = True  # type: ignore[attr-defined]
+    return wrapped

@@ -1,0 +1,208 @@
+"""Which choices of a `MoLoraConfig` cannot go together, and which rarely do what was meant. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from molora.config_checks import FORMAT_VERSION
+from molora.errors import Problem
+from molora.routing import SELECTIONS_OF_FIELD, SUMS_TO_ONE, reads
+
+Config = Any
+"""A `MoLoraConfig`; not imported, since its module calls the checks here."""
+
+
+def check_combination(config: Config) -> Iterator[Problem]:
+    """Values that are fine on their own and impossible together."""
+    if config.format_version > FORMAT_VERSION:
+        yield Problem(
+            "format_version",
+            f"this adapter was written in format {config.format_version}, and this molora reads up to "
+            f"{FORMAT_VERSION}. Upgrade molora.",
+        )
+    yield from _check_selection(config)
+    yield from _check_router(config)
+    yield from _check_experts(config)
+    yield from _check_layout(config)
+    yield from _check_scope(config)
+    yield from _check_targets(config)
+
+
+def fewest_experts(config: Config) -> int:
+    """The number of routed experts where there are fewest."""
+    return config.num_experts if isinstance(config.num_experts, int) else min(config.num_experts)
+
+
+def _check_selection(config: Config) -> Iterator[Problem]:
+    fewest = fewest_experts(config)
+    for name, selections in SELECTIONS_OF_FIELD.items():
+        if getattr(config, name) is not None and config.selection not in selections:
+            wanted = " or ".join(map(repr, selections))
+            yield Problem(
+                name, f"has no effect with selection={config.selection!r}; set selection={wanted} or leave it out."
+            )
+    choices = fewest + config.null_experts
+    if config.selection in SELECTIONS_OF_FIELD["top_k"] and (config.top_k or 2) > choices:
+        yield Problem("top_k", f"cannot select {config.top_k or 2} of {choices} experts (`num_experts`).")
+    if config.selection == "top_k" and config.top_k == 1 and config.renormalize:
+        yield Problem(
+            "renormalize",
+            "renormalising a single expert makes its weight always 1, so the router gets no gradient; "
+            "set renormalize=False.",
+        )
+    if config.selection == "adaptive_threshold" and "input" not in reads(config.router):
+        yield Problem(
+            "selection",
+            f"'adaptive_threshold' reads the input, which router={config.router!r} does not; "
+            "set selection='dense' or router='linear'.",
+        )
+    if config.weights == "probability_minus_threshold" and "threshold" not in config.selection:
+        yield Problem(
+            "weights",
+            f"'probability_minus_threshold' needs a threshold, and selection={config.selection!r} has none; "
+            "set weights='probability'.",
+        )
+    if config.selection == "top_1_or_2" and choices < 2:
+        yield Problem("selection", "'top_1_or_2' needs two experts or more.")
+    groups = config.expert_groups or 2
+    if config.selection == "grouped_top_1" and choices % groups:
+        yield Problem("expert_groups", f"{groups} groups do not divide {choices} experts (`num_experts`).")
+    if config.weights == "biased_probability" and config.balance_bias_rate is None:
+        yield Problem("weights", "'biased_probability' needs the bias of `balance_bias_rate`; set it.")
+
+
+def _check_router(config: Config) -> Iterator[Problem]:
+    inputs = reads(config.router)
+    fewest = fewest_experts(config)
+    if config.router == "none" and (fewest > 1 or config.selection != "dense"):
+        yield Problem(
+            "router",
+            "'none' is for a single expert (num_experts=1, selection='dense'); set router='linear' or 'static'.",
+        )
+    # A relu or a frozen expert aside, what is always one teaches the router nothing.
+    always_one = (config.gate in SUMS_TO_ONE or config.renormalize) and not config.null_experts
+    if inputs and fewest == 1 and always_one:
+        yield Problem(
+            "num_experts",
+            "routing over one expert makes its weight always 1, so the router gets no gradient; use two or more, or "
+            "router='none' with selection='dense' (preset 'lora').",
+        )
+    if config.routing_losses and not inputs:
+        yield Problem("routing_losses", f"need a router that reads the input; router={config.router!r} does not.")
+    if "task" in inputs and config.num_tasks is None:
+        yield Problem("num_tasks", f"router={config.router!r} needs the number of tasks, clusters or domains.")
+    if config.num_tasks is not None and "task" not in inputs:
+        yield Problem("num_tasks", f"has no effect with router={config.router!r}; set router='task' or leave it out.")
+    for name, needed in (("router_level", "sequence"), ("router_input", "base")):
+        if getattr(config, name) == needed and "input" not in inputs:
+            yield Problem(name, f"{needed!r} needs a router that reads the input; router={config.router!r} does not.")
+    if config.router_level == "sequence" and config.selection == "adaptive_threshold":
+        yield Problem("router_level", "'sequence' has no learned threshold; choose another `selection`.")
+    if "hidden" in inputs and config.router_sharing != "none":
+        yield Problem("router_sharing", f"router={config.router!r} has nothing to share; set router_sharing='none'.")
+    if config.router == "recurrent" and config.router_level == "sequence":
+        yield Problem("router_level", "'sequence' is not defined for router='recurrent'.")
+    if config.weights == "blend" and config.router == "external":
+        yield Problem("weights", "'blend' mixes scores with a router of its own; set router='linear'.")
+
+
+def _check_experts(config: Config) -> Iterator[Problem]:
+    total = fewest_experts(config) + config.shared_experts
+    if config.frozen_experts > total:
+        yield Problem("frozen_experts", f"cannot freeze {config.frozen_experts} of {total} experts (`num_experts`).")
+    if config.frozen_experts and config.expert_layout not in ("separate", "factors"):
+        yield Problem(
+            "frozen_experts",
+            f"expert_layout={config.expert_layout!r} has no experts of their own to freeze; "
+            "set expert_layout='separate', or freeze_A=True to keep A.",
+        )
+    if config.frozen_experts and config.freeze_A and config.frozen_experts < total:
+        yield Problem("freeze_A", "goes with experts that are all trained or all frozen; leave out `frozen_experts`.")
+    if config.null_experts and config.selection == "dense":
+        yield Problem("null_experts", "selection='dense' keeps all experts, so none could be replaced by a null one.")
+    if config.null_experts and config.expert_scope == "ffn":
+        yield Problem("null_experts", "cannot stand in for a whole feed-forward block; set expert_scope='linear'.")
+    if config.shared_weight == "remainder" and not config.shared_experts:
+        yield Problem("shared_weight", "has no effect without `shared_experts`.")
+    if config.imported_experts is not None and len(config.imported_experts) > total:
+        yield Problem("imported_experts", f"lists {len(config.imported_experts)} of {total} experts (`num_experts`).")
+    if config.router in ("activation", "unit_activation") and config.r != 1:
+        yield Problem("r", f"router={config.router!r} takes each rank for an expert; set r=1.")
+    if isinstance(config.num_experts, list) and (config.shared_experts or config.expert_scope == "ffn"):
+        yield Problem("num_experts", "as a list it goes with neither shared experts nor expert_scope='ffn'.")
+    if config.capacity_factor is not None and config.selection not in SELECTIONS_OF_FIELD["top_k"]:
+        yield Problem("capacity_factor", "needs a fixed number of experts per token; set selection='top_k'.")
+
+
+def _check_layout(config: Config) -> Iterator[Problem]:
+    layout, unequal = config.expert_layout, isinstance(config.r, list)
+    if layout in ("shared_A", "factors", "shards") and unequal:
+        yield Problem("r", f"expert_layout={layout!r} needs the same rank for every expert; set one number.")
+    if layout == "pairs":
+        if not unequal or config.r[0] * config.r[1] != config.num_experts:
+            yield Problem(
+                "num_experts",
+                f"expert_layout='pairs' has r[0] · r[1] experts, and r={config.r!r} does not give "
+                f"{config.num_experts!r}; set r=[rows of A, columns of B].",
+            )
+        if config.shared_experts:
+            yield Problem("shared_experts", "go with expert_layout='separate' only.")
+    if layout in ("factors", "pairs") and config.router == "none":
+        yield Problem("expert_layout", f"{layout!r} mixes experts by their weights; router='none' has none.")
+    if layout == "factors" and config.router != "none":
+        per_token = reads(config.router) & {"input", "hidden"} and config.router_level != "sequence"
+        if per_token:
+            yield Problem(
+                "expert_layout",
+                "'factors' mixes matrices once per sequence; set router_level='sequence', or a router of tasks.",
+            )
+    if layout == "shards" and (config.router != "none" or config.num_experts != 1):
+        yield Problem("expert_layout", "'shards' is one expert without router; set num_experts=1 and router='none'.")
+    if layout == "shards" and isinstance(config.r, int):
+        pool = config.pool_rank or config.r
+        if not config.private_rank < pool <= config.r and not (pool == config.r == config.private_rank):
+            yield Problem("pool_rank", f"must be above private_rank={config.private_rank} and at most r={config.r}.")
+    only_for = (("num_shards", "shards", 1), ("private_rank", "shards", 0), ("num_splits", "factors", 1))
+    for name, wanted, unset in only_for:
+        if getattr(config, name) != unset and layout != wanted:
+            yield Problem(name, f"has no effect with expert_layout={layout!r}; set expert_layout={wanted!r}.")
+    if config.num_splits > 1 and config.router != "table":
+        yield Problem("num_splits", "needs weights for each part; set router='table'.")
+    if config.num_splits > 1 and config.frozen_experts:
+        yield Problem("num_splits", "goes with experts that are all trained; leave out `frozen_experts`.")
+
+
+def _check_scope(config: Config) -> Iterator[Problem]:
+    if config.expert_scope == "ffn":
+        fixed = {"expert_layout": "separate", "adapter_position": "parallel", "router_sharing": "none"}
+        for name, wanted in fixed.items():
+            if getattr(config, name) != wanted:
+                yield Problem(name, f"expert_scope='ffn' shares one router per block already; set {name}={wanted!r}.")
+        if config.expert_activation or config.expert_bias or config.shared_experts:
+            yield Problem("expert_scope", "'ffn' goes with plain LoRA experts: no bias, activation or shared ones.")
+        if "hidden" in reads(config.router) or config.router in ("none", "recurrent"):
+            yield Problem("router", f"{config.router!r} cannot decide for a whole block; set router='linear'.")
+    if config.adapter_position == "after" and config.expert_scope == "linear" and config.expert_layout == "shards":
+        yield Problem("adapter_position", "expert_layout='shards' reads the module's input; set 'parallel'.")
+
+
+def _check_targets(config: Config) -> Iterator[Problem]:
+    restricted = config.layers_to_transform is not None or config.depth_range is not None
+    name = "layers_to_transform" if config.layers_to_transform is not None else "depth_range"
+    if isinstance(config.target_modules, str) and config.target_modules != "all-linear" and restricted:
+        yield Problem(name, "needs `target_modules` as a list of names, not as one regular expression.")
+    if config.layers_pattern and not restricted:
+        yield Problem("layers_pattern", "has no effect without `layers_to_transform`.")
+
+
+def advice(config: Config) -> Iterator[str]:
+    """Sentences about choices that work but rarely as meant."""
+    level = {"threshold": config.threshold, "adaptive_threshold": config.max_threshold}.get(config.selection)
+    even = 1 / fewest_experts(config)
+    if config.gate == "softmax" and level is not None and level > even:
+        name = "threshold" if config.selection == "threshold" else "max_threshold"
+        yield (
+            f"{name}={level:g} is above 1/num_experts = {even:g}: a token whose probabilities are "
+            "all below it loses every expert and gets the base model's output."
+        )

@@ -1,0 +1,77 @@
+"""Experts that span a whole feed-forward block (MixLoRA, arXiv 2404.15159), without running the block once per expert.
+
+The block's first linears answer with one hidden per chosen expert, in a new dimension before the last; activation and
+product in between are the block's own code, which works on the last dimension and does not mind. The block's last
+linear mixes: it is linear, so `Σ_k w_k (W h_k + s B_k A_k h_k) = W (Σ_k w_k h_k) + Σ_k w_k s B_k A_k h_k`, and the
+frozen matrix is multiplied once however many experts a token chose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from molora.decide import decide
+from molora.routing import Routing
+
+if TYPE_CHECKING:
+    from molora.layer import MoLoraLinear
+
+
+def _slots(routing: Routing, num_slots: int) -> tuple[Tensor, Tensor]:
+    """The experts chosen for each token and their weights, both `[..., K]`."""
+    if num_slots == routing.weights.shape[-1]:
+        experts = torch.arange(num_slots, device=routing.weights.device)
+        return experts.expand_as(routing.weights), routing.weights
+    experts = routing.selected.to(routing.weights.dtype).topk(num_slots, dim=-1).indices
+    return experts, routing.weights.gather(-1, experts)
+
+
+def _slots_of(layer: MoLoraLinear, name: str, x: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Which ranks belong to each slot, scaled, `[..., K, R]`, and the weights of the slots, `[..., K]`."""
+    routing = decide(layer, name, x, hidden, None)
+    assert routing is not None
+    spec, ranks = layer.molora_spec[name], layer.molora_ranks[name]
+    fixed_number = spec.selection in ("top_k", "sparsemixer") and routing.weights is not routing.logits
+    experts, weights = _slots(routing, spec.top_k if fixed_number else layer.molora_plan[name].num_experts)
+    member = experts.unsqueeze(-1) == ranks.expert
+    return member * ranks.scale.to(weights.dtype), weights
+
+
+def expand_slots(layer: MoLoraLinear, name: str, x: Tensor, result: Tensor) -> Tensor:
+    """Give the answer of each chosen expert: `[..., in]` to `[..., K, out]`.
+
+    Args:
+        layer: One of the block's first linears.
+        name: Name of the adapter.
+        x: Input of the block.
+        result: The frozen linear's output, `[..., out]`.
+    """
+    hidden, dtype = layer._down(name, x)
+    ranks, _ = _slots_of(layer, name, x, hidden)
+    delta = layer.output(name, (hidden.unsqueeze(-2) * ranks).to(dtype))
+    return (result.unsqueeze(-2) + delta).to(result.dtype)
+
+
+def combine_slots(layer: MoLoraLinear, name: str, x: Tensor, base: Callable[[Tensor], Tensor]) -> Tensor:
+    """Mix the answers of the chosen experts: `[..., K, in]` to `[..., out]`.
+
+    Args:
+        layer: The block's last linear.
+        name: Name of the adapter.
+        x: One input per chosen expert.
+        base: The frozen linear.
+    """
+    hidden, dtype = layer._down(name, x)
+    ranks, weights = _slots_of(layer, name, x, hidden)
+    weights = weights.unsqueeze(-1)
+    result = base((weights * x).sum(dim=-2).to(x.dtype))
+    bias = getattr(layer.get_base_layer(), "bias", None)
+    if bias is not None:
+        # The frozen linear added its bias once; each expert has it with its weight.
+        result = result + (weights.sum(dim=-2) - 1).to(result.dtype) * bias
+    delta = layer.output(name, (hidden * ranks * weights).sum(dim=-2).to(dtype))
+    return (result + delta).to(result.dtype)

@@ -1,0 +1,132 @@
+"""Where an adapter goes: which modules route together, which get a plain LoRA, which share pools of shards."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
+from torch import nn
+
+from molora.config import MoLoraConfig
+from molora.errors import TargetModulesError
+from molora.experts import ShardPool
+from molora.groups import RoutingGroup
+from molora.targets import is_linear
+
+
+class Placement:
+    """What one adapter's modules share, worked out as they are put in place, in the order of the model.
+
+    Args:
+        config: The adapter's configuration.
+        num_layers: Layers of the model, if known.
+        hidden_size: Size of the model's hidden states, if known.
+    """
+
+    def __init__(self, config: MoLoraConfig, num_layers: int | None, hidden_size: int | None) -> None:
+        self.config = config
+        self.num_layers = num_layers
+        self.hidden_size = hidden_size
+        self.groups: dict[Any, RoutingGroup] = {}
+        self.pools: dict[Any, ShardPool] = {}
+        self.kinds: dict[Any, list[str]] = defaultdict(list)
+        self.previous: list[Any] = []
+
+    def expect(self, targets: Iterable[tuple[str, nn.Module]]) -> None:
+        """Look at the modules that will be adapted, before the first one is.
+
+        Args:
+            targets: Their names and the modules.
+
+        Raises:
+            TargetModulesError: If experts should span feed-forward blocks, and the targets do not.
+        """
+        blocks: dict[str, list[str]] = defaultdict(list)
+        for key, module in targets:
+            self.kinds[self.kind(key, module)].append(key)
+            blocks[self.ffn_block(key) or ""].append(key)
+        blocks.pop("", None)
+        if self.config.expert_scope != "ffn":
+            return
+        if not blocks:
+            raise TargetModulesError(
+                f"expert_scope='ffn' found no target inside a block named {self.config.ffn_modules}; name the "
+                "blocks in `ffn_modules` and their linears in `target_modules`."
+            )
+        for block, keys in blocks.items():
+            if len(keys) < 2:
+                raise TargetModulesError(
+                    f"of the feed-forward block {block} only {keys[0]} is a target; experts that span a block need "
+                    "its first and its last linears in `target_modules`."
+                )
+
+    @staticmethod
+    def kind(key: str, module: nn.Module) -> Any:
+        """Modules of one kind have the same last name and sizes; they draw from the same pool."""
+        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        return key.rsplit(".", 1)[-1], *(_get_in_out_features(base) if is_linear(base) else (None, None))
+
+    def position(self, key: str, module: nn.Module) -> tuple[int, int]:
+        """Place of a module among those of its kind, and their number."""
+        keys = self.kinds[self.kind(key, module)]
+        return (keys.index(key), len(keys)) if key in keys else (0, 1)
+
+    def ffn_block(self, key: str) -> str | None:
+        """Name of the feed-forward block a module is in, or `None`."""
+        parts = key.split(".")
+        for end in range(len(parts) - 1, 0, -1):
+            if parts[end - 1] in self.config.ffn_modules:
+                return ".".join(parts[:end])
+        return None
+
+    def is_plain(self, key: str) -> bool:
+        """Whether a module gets a plain LoRA beside the mixture of the feed-forward blocks."""
+        return self.config.expert_scope == "ffn" and self.ffn_block(key) is None
+
+    def group(self, key: str, feature_size: int) -> RoutingGroup | None:
+        """The group a module routes with, or `None` if it routes alone.
+
+        Args:
+            key: Full name of the module.
+            feature_size: Size of what a router of its own would read.
+
+        Raises:
+            TargetModulesError: If the router should read the base model's hidden states, whose size is not known.
+        """
+        config = self.config
+        if self.is_plain(key) or config.router == "none":
+            return None
+        if config.router_input == "base":
+            if self.hidden_size is None:
+                raise TargetModulesError("router_input='base' needs a model whose config has a hidden_size.")
+            feature_size = self.hidden_size
+        if config.expert_scope == "ffn":
+            block = self.ffn_block(key)
+            return self._group(("ffn", block), f"the feed-forward block {block}", True, feature_size, True)
+        if config.router_sharing == "block":
+            block = key.rpartition(".")[0]
+            return self._group(("block", block), f"the block {block}", True, feature_size)
+        if config.router_sharing == "model":
+            return self._group("model", "the whole model", True, feature_size)
+        if config.router_sharing == "weights":
+            return self._group(("weights", feature_size), f"inputs of size {feature_size}", False, feature_size)
+        if config.router_input == "base":
+            return RoutingGroup(key, True, feature_size)
+        return None
+
+    def _group(self, key: Any, name: str, once: bool, feature_size: int, ffn: bool = False) -> RoutingGroup:
+        if key not in self.groups:
+            self.groups[key] = RoutingGroup(name, once, feature_size, ffn)
+        return self.groups[key]
+
+
+def layers_in_range(depth_range: list[float] | None, num_layers: int | None) -> list[int] | None:
+    """Indices of the layers in a part of the depth, `[0.5, 1]` being the deeper half; `None` for no restriction."""
+    if depth_range is None:
+        return None
+    if not num_layers:
+        raise TargetModulesError("depth_range needs a model whose config has num_hidden_layers.")
+    low, high = depth_range
+    return [layer for layer in range(num_layers) if low * num_layers <= layer < high * num_layers]

@@ -1,0 +1,78 @@
+"""The small modules beside a router: threshold net, balancing bias, blend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from molora.routing.routers.base import linear, parameter, uniform_
+
+
+class ThresholdNet(nn.Module):
+    """One threshold logit per token, with bias (AdaMoLE, arXiv 2405.00361, eq. 5).
+
+    Args:
+        in_features: Size of the input.
+    """
+
+    def __init__(self, in_features: int) -> None:
+        super().__init__()
+        self.weight = parameter(1, in_features)
+        self.bias = parameter(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `[..., in]` to threshold logits `[..., 1]`."""
+        return linear(x, self.weight, self.bias)
+
+    def reset_parameters(self) -> None:
+        """Draw as `nn.Linear` would: weight and bias uniform in ±1/√in."""
+        uniform_(self.weight, self.weight.shape[1])
+        uniform_(self.bias, self.weight.shape[1])
+
+
+class BalanceBias(nn.Module):
+    """Bias added to the probabilities when experts are ranked (loss-free balancing, arXiv 2408.15664).
+
+    Not trained by gradients: molora's trainers move it after each optimizer step. Always fp32, whatever the model is
+    cast to, as its steps are smaller than what 16 bits resolve.
+
+    Args:
+        num_experts: E, null experts included.
+    """
+
+    def __init__(self, num_experts: int) -> None:
+        super().__init__()
+        self.weight = parameter(num_experts).requires_grad_(False)
+
+    def forward(self) -> Tensor:
+        """Return the bias `[E]`."""
+        return self.weight.detach()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BalanceBias:
+        before = self.weight.data
+        super()._apply(fn, recurse)
+        if self.weight.dtype != before.dtype and before.dtype == torch.float32:
+            self.weight.data = before.to(self.weight.device)
+        return self
+
+
+class Blend(nn.Module):
+    """How much the router counts against external scores, and how much the experts count at all (MoR1E, 2404.08985).
+
+    Both are sigmoids of 100 times a learned number that starts at zero.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = parameter(1)
+        self.output = parameter(1)
+
+    def mix(self) -> Tensor:
+        """Share of the router, `[1]`."""
+        return torch.sigmoid(100 * self.token)
+
+    def forward(self) -> Tensor:
+        """Factor of the experts' output, `[1]`."""
+        return torch.sigmoid(100 * self.output)

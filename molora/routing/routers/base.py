@@ -1,0 +1,115 @@
+"""What every router is: a module that holds the parameters behind the logits, and says what it reads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from molora.routing.precision import full_precision, promote
+
+
+@dataclass(frozen=True)
+class RouterSize:
+    """What a router's parameters are sized by.
+
+    Attributes:
+        in_features: Size of the vectors it reads.
+        num_experts: Number of logits, null experts included.
+        dim: `router_dim`, the size of its inner space, if it has one.
+        num_tasks: Number of tasks, for routers that read them.
+        num_splits: Logit vectors per task, for `table`.
+        bias: Whether the logits have a bias.
+    """
+
+    in_features: int
+    num_experts: int
+    dim: int | None = None
+    num_tasks: int = 1
+    num_splits: int = 1
+    bias: bool = False
+
+
+@dataclass(frozen=True)
+class RouterInput:
+    """Everything a router may read; each takes what it needs.
+
+    Attributes:
+        x: Router features `[..., in]`: one vector per token, or `[B, 1, in]` for one per sequence.
+        hidden: `A x`, `[..., R]`.
+        expert_of_rank: `[R]`, the expert each rank belongs to.
+        task_ids: `[B]`, shaped to broadcast against the tokens.
+        scores: External scores, `[..., E]`.
+        state: State handed from layer to layer, `[..., h]`; `None` in the first.
+    """
+
+    x: Tensor | None = None
+    hidden: Tensor | None = None
+    expert_of_rank: Tensor | None = None
+    task_ids: Tensor | None = None
+    scores: Tensor | None = None
+    state: Tensor | None = None
+
+
+class Router(nn.Module):
+    """Base class: parameters in, logits `[..., E]` in fp32 or fp64 out.
+
+    Attributes:
+        reads: What a decision depends on: `input`, `hidden`, `task`, `scores` or `nothing`. Several are joined by "+".
+        default_dim: `router_dim` if the config leaves it out; `None` for routers without inner space.
+    """
+
+    reads: ClassVar[str] = "input"
+    default_dim: ClassVar[int | None] = None
+
+    def by_expert(self) -> dict[str, tuple[Tensor, int]]:
+        """The parameters that have a part for each expert, by name, as views, and the dimension of the experts."""
+        return {name: (p.data, 0) for name, p in self.named_parameters() if name in ("weight", "bias")}
+
+    def reset_parameters(self, init: str, init_range: float) -> None:
+        """Draw the initial parameters.
+
+        Args:
+            init: Name in `ROUTER_INITS`, for the rows that give the logits.
+            init_range: Standard deviation of `normal`.
+        """
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x Wᵀ + b` in at least fp32, autocast or not: near-ties between experts need the full precision."""
+    # Contiguous: for other inputs torch chooses between products that round differently by whether the weight needs a
+    # gradient, and a reloaded adapter would differ from the trained one.
+    x = promote(x).contiguous()
+    weight = weight.to(x.dtype)
+    if weight.shape[0] == 1:
+        # The product with one row rounds differently when its memory is not aligned, as in a checkpoint mapped from
+        # disk; a copy is aligned, so a reloaded adapter agrees bit for bit.
+        weight = weight.clone()
+    with full_precision(x):
+        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+def parameter(*shape: int) -> nn.Parameter:
+    """A parameter of zeros, to be drawn later."""
+    return nn.Parameter(torch.zeros(*shape))
+
+
+def uniform_(weight: Tensor, fan_in: int) -> None:
+    """Draw as `nn.Linear` does, uniform in ±1/√fan_in."""
+    bound = 1 / math.sqrt(fan_in)
+    nn.init.uniform_(weight, -bound, bound)
+
+
+ROUTER_INITS: dict[str, Callable[[Tensor, float], object]] = {
+    "kaiming_uniform": lambda weight, std: uniform_(weight, weight.shape[-1]),
+    "normal": lambda weight, std: nn.init.normal_(weight, std=std),
+    "zeros": lambda weight, std: nn.init.zeros_(weight),
+    "ones": lambda weight, std: nn.init.ones_(weight),
+}
+"""`kaiming_uniform` is the default of `nn.Linear`: uniform in ±1/√in. `ones` is for `router: static`, whose logits are
+equal otherwise too."""

@@ -1,0 +1,206 @@
+"""What changes between steps: balancing biases and schedules; and the columns that routing takes from a dataset."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from molora.errors import MoloraError
+from molora.routing.balance import balanced_bias
+from molora.routing.masks import TokenMasks
+from molora.routing.record import RoutingRecord, stack_records
+from molora.routing.route import Routing
+from molora.routing.schedules import schedule_problems, scheduled_value
+from molora.trainers import BalanceBiasCallback, RoutingScheduleCallback
+from molora.trainers.columns import ColumnCollator, prompt_of_batch, take_columns
+
+
+def test_the_bias_moves_towards_the_experts_that_are_short_of_tokens():
+    bias = torch.tensor([0.0, 1.0, -1.0, 0.5])
+    moved = balanced_bias(bias, torch.tensor([6.0, 2.0, 0.0, 0.0]), 0.25)
+    assert moved.tolist() == [-0.25, 1.0, -0.75, 0.75]
+
+
+def test_an_even_load_moves_no_bias_however_large_the_counts():
+    counts = torch.full((3,), 16777217, dtype=torch.int64)
+    assert balanced_bias(torch.zeros(3), counts, 1.0).tolist() == [0, 0, 0]
+
+
+@dataclass(frozen=True)
+class Spec:
+    top_k: int = 8
+    temperature: float = 1.0
+
+
+class Layer(nn.Module):
+    def __init__(self, *adapters):
+        super().__init__()
+        self.molora_spec = dict.fromkeys(adapters, Spec())
+        self.molora_bias = nn.ModuleDict({name: nn.Module() for name in adapters})
+        for bias in self.molora_bias.values():
+            bias.weight = nn.Parameter(torch.zeros(3), requires_grad=False)
+
+
+class Model(nn.Module):
+    active_adapters = ("x",)
+
+    def __init__(self, **config):
+        super().__init__()
+        self.a, self.b, self.plain = Layer("x", "frozen"), Layer("x"), nn.Linear(2, 2)
+        self.peft_config = {name: SimpleNamespace(**config) for name in ("x", "frozen")}
+
+    def bias(self, layer, adapter="x"):
+        return getattr(self, layer).molora_bias[adapter].weight.tolist()
+
+
+def decisions(layer, experts, mask=None):
+    p = torch.nn.functional.one_hot(torch.tensor([experts]), 3).float()
+    return stack_records([RoutingRecord(layer, "x", Routing(p, p, p > 0, p), TokenMasks(mask))])
+
+
+def test_biases_move_once_a_step_by_the_real_tokens_of_all_its_micro_batches():
+    model, callback = Model(balance_bias_rate=0.5), BalanceBiasCallback()
+    callback.count("x", decisions("a", [0, 1, 1]))
+    callback.count("x", decisions("a", [0, 0, 2, 2], torch.tensor([[1, 1, 0, 0]])))
+    callback.on_optimizer_step(None, None, None, model=model)
+    assert model.bias("a") == [-0.5, 0.0 - 0.5 * (2 > 5 / 3), 0.5]
+    assert model.bias("b") == model.bias("a", "frozen") == [0, 0, 0]  # saw no token; is not active
+    callback.on_optimizer_step(None, None, None, model=model)
+    assert model.bias("a") == [-0.5, -0.5, 0.5], "counted anew"
+
+
+def test_without_a_rate_no_bias_moves():
+    model, callback = Model(), BalanceBiasCallback()
+    callback.count("x", decisions("a", [0, 0]))
+    callback.on_optimizer_step(None, None, None, model=model)
+    assert model.bias("a") == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("field", "schedule", "values"),
+    [
+        ("top_k", {"start": 8, "end": 2}, [8, 7, 5, 4, 2]),
+        ("top_k", {"start": 1, "end": 4, "until": 0.6}, [1, 3, 4, 4, 4]),
+        ("temperature", {"start": 2.0, "end": 1.0}, [2.0, 1.75, 1.5, 1.25, 1.0]),
+        ("temperature", {"start": 16.0, "end": 1.0, "shape": "exponential"}, [16, 8, 4, 2, 1]),
+        ("router_noise", {"start": 1.0, "end": 0.0, "shape": "cosine"}, [1, 0.853553, 0.5, 0.146447, 0]),
+        ("threshold", {"start": 0.1, "end": 0.2, "until": 0.01}, [0.2] * 5),
+    ],
+)
+def test_schedules_go_from_start_to_end(field, schedule, values):
+    assert not list(schedule_problems({field: schedule}))
+    got = [scheduled_value(field, schedule, step, 5) for step in range(5)]
+    assert got == pytest.approx(values, abs=1e-6)
+    assert all(isinstance(value, int) for value in got) == (field == "top_k")
+
+
+def test_the_end_is_reached_exactly_and_with_the_last_step_of_the_share():
+    schedule = {"start": 0.3, "end": 0.1, "until": 0.1}
+    assert [scheduled_value("top_p", schedule, step, 30) == 0.1 for step in range(4)] == [False, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("schedules", "words"),
+    [
+        (3, "must map names of fields"),
+        ({"topk": {}}, "Did you mean 'top_k'"),
+        ({"top_k": 2}, "top_k: got 2"),
+        ({"top_k": {"start": 2}}, "top_k.end: is missing"),
+        ({"top_k": {"start": 2.5, "end": 1}}, "top_k.start: got 2.5; must be an integer"),
+        ({"top_p": {"start": 0, "end": 1}}, "top_p.start"),
+        ({"temperature": {"start": 0, "end": 1}}, "temperature.start"),
+        ({"expert_dropout": {"start": 1, "end": 0}}, "expert_dropout.start"),
+        ({"top_k": {"start": 2, "end": 1, "untill": 1}}, "Did you mean 'until'"),
+        ({"top_k": {"start": 2, "end": 1, "until": 50}}, "a share of all steps"),
+        ({"top_k": {"start": 2, "end": 1, "shape": "line"}}, "Did you mean 'linear'"),
+        ({"router_noise": {"start": 1, "end": 0, "shape": "exponential"}}, "never reaches"),
+    ],
+)
+def test_impossible_schedules_are_explained(schedules, words):
+    problems = list(schedule_problems(schedules))
+    assert any(words in problem for problem in problems), problems
+    with pytest.raises(MoloraError, match="impossible schedules"):
+        RoutingScheduleCallback(schedules)
+
+
+SCHEDULES = {"top_k": {"start": 8, "end": 2}, "temperature": {"start": 2.0, "end": 1.0}}
+
+
+@pytest.mark.parametrize("from_config", [True, False])
+def test_a_schedule_changes_layers_and_config_and_depends_on_the_step_alone(from_config):
+    model = Model(**({"routing_schedules": SCHEDULES} if from_config else {}))
+    callback = RoutingScheduleCallback(*([] if from_config else [SCHEDULES]))
+    for step, top_k, temperature in ((2, 5, 1.5), (4, 2, 1.0)):
+        callback.on_step_begin(None, SimpleNamespace(global_step=step, max_steps=5), None, model=model)
+        assert model.a.molora_spec["x"] == model.b.molora_spec["x"] == Spec(top_k, temperature)
+        assert (model.peft_config["x"].top_k, model.peft_config["x"].temperature) == (top_k, temperature)
+    assert model.a.molora_spec["frozen"] == Spec()
+
+
+def padded(rows):
+    """A collator that knows `input_ids` only, and pads to the left."""
+    length = max(len(row["input_ids"]) for row in rows)
+    assert all(set(row) <= {"input_ids", "chosen_ids", "rejected_ids"} for row in rows)
+    mask = torch.tensor([[0] * (length - len(row["input_ids"])) + [1] * len(row["input_ids"]) for row in rows])
+    return {"input_ids": mask * 7, "attention_mask": mask}
+
+
+def test_routing_columns_pass_a_collator_that_does_not_know_them():
+    rows = [
+        {"input_ids": [1, 2, 3], "task_ids": 1, "expert_scores": [0.5, 1.0], "prompt_mask": [1, 1, 0]},
+        {"input_ids": [4], "task_ids": 0, "expert_scores": [0.0, 2.0], "prompt_mask": [1]},
+    ]
+    batch = ColumnCollator(padded)(rows)
+    taken = take_columns(batch)
+    assert set(batch) == {"input_ids", "attention_mask"}
+    assert taken["task_ids"].tolist() == [1, 0]
+    assert taken["expert_scores"].tolist() == [[0.5, 1.0], [0.0, 2.0]]
+    assert taken["prompt_mask"].tolist() == [[True, True, False], [False, False, True]]
+
+
+def test_scores_of_tokens_stand_where_the_tokens_do():
+    rows = [{"input_ids": [1, 2], "expert_scores": [[1.0], [2.0]]}, {"input_ids": [3], "expert_scores": [[3.0]]}]
+    assert ColumnCollator(padded)(rows)["expert_scores"].squeeze(-1).tolist() == [[1, 2], [0, 3]]
+    rows[0]["expert_scores"].append([4.0])
+    with pytest.raises(MoloraError, match="one per token"):
+        ColumnCollator(padded)(rows)
+
+
+def test_preference_pairs_repeat_the_columns_of_their_row():
+    rows = [{"input_ids": [1], "chosen_ids": [2], "rejected_ids": [3], "task_ids": task} for task in (4, 5)]
+    assert ColumnCollator(lambda given: padded(given + given))(rows)["task_ids"].tolist() == [4, 5, 4, 5]
+    for row in rows:
+        del row["chosen_ids"], row["rejected_ids"]
+    assert ColumnCollator(lambda given: padded(given + given))(rows)["task_ids"].tolist() == [4, 5], "not guessed"
+
+
+def test_a_column_that_some_rows_lack_is_explained():
+    with pytest.raises(MoloraError, match="some rows have a task_ids column"):
+        ColumnCollator(padded)([{"input_ids": [1], "task_ids": 1}, {"input_ids": [2]}])
+
+
+def test_what_is_no_batch_of_mappings_is_left_to_the_collator():
+    rows = [{"task_ids": 1}]
+    assert ColumnCollator(list)(rows) == rows
+    assert ColumnCollator(list)([1, 2]) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("column", "values"),
+    [("labels", [[-100, -100, -100, 5], [-100, 6, -100, 7]]), ("completion_mask", [[0, 0, 0, 1], [0, 1, 0, 1]])],
+)
+def test_the_prompt_is_what_stands_before_the_first_label(column, values):
+    batch = {"input_ids": torch.ones(2, 4), "attention_mask": torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])}
+    batch[column] = torch.tensor(values)
+    assert prompt_of_batch(batch).int().tolist() == [[0, 1, 1, 0], [1, 0, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    "batch", [[1], {"input_ids": torch.ones(2, 4)}, {"input_ids": torch.ones(2, 4), "labels": torch.ones(2)}]
+)
+def test_a_batch_without_token_labels_has_no_known_prompt(batch):
+    assert prompt_of_batch(batch) is None
