@@ -104,6 +104,13 @@ def _build() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser
     generate.add_argument("--max-new-tokens", type=_count, default=64, metavar="N", help="default 64")
     generate.add_argument("--temperature", type=_temperature, default=0.0, metavar="T", help="default 0: greedy")
     generate.add_argument("--base-model", metavar="X", help="name or folder; default the one it was trained on")
+    generate.add_argument("--task", metavar="T", help="name or id of the task, if the adapter routes by it")
+    generate.add_argument(
+        "--scores",
+        type=_numbers,
+        metavar="N,N,...",
+        help="a number per expert, if the adapter routes by them; --scores=-1,2",
+    )
     compose = add("compose", handlers.compose, "mix LoRA adapters that are already trained, without changing them")
     compose.add_argument("directory", metavar="OUT", help="new folder for the mixture; nothing is overwritten")
     compose.add_argument("--adapter", action="append", required=True, metavar="DIR", help="give one for each expert")
@@ -137,6 +144,16 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}; must be a whole number of at least 1")
     return int(text)
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = [float("nan")]
+    if not all(abs(value) < float("inf") for value in values):
+        raise argparse.ArgumentTypeError(f"got {text!r}; must be numbers with commas between them, as in 0.1,0.2")
+    return values
 
 
 def _temperature(text: str) -> float:

@@ -41,6 +41,8 @@ def generate(arguments: Namespace) -> int:
         max_new_tokens=arguments.max_new_tokens,
         temperature=arguments.temperature,
         base_model=arguments.base_model,
+        task=arguments.task,
+        scores=arguments.scores,
     )
 
 

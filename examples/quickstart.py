@@ -9,7 +9,7 @@ from molora import MoLoraConfig  # importing molora registers the method with PE
 from molora.base import load_base
 from molora.trainers import MoLoraSFTTrainer
 
-model, tokenizer = load_base("smollm2-135m-instruct")  # or AutoModelForCausalLM.from_pretrained(...)
+model, tokenizer = load_base("smollm2-135m-instruct", dtype="float32")  # or transformers' from_pretrained
 config = MoLoraConfig.from_preset("adamole", num_experts=4, target_modules="all-linear", task_type="CAUSAL_LM")
 model = get_peft_model(model, config)
 model.print_trainable_parameters()
@@ -31,6 +31,7 @@ trainer = MoLoraSFTTrainer(
         learning_rate=1e-3,
         logging_steps=1,
         use_cpu=not torch.cuda.is_available(),
+        bf16=torch.cuda.is_available(),
     ),
     train_dataset=Dataset.from_list(rows),
     processing_class=tokenizer,

@@ -125,7 +125,8 @@ class MoLoraLayer(BaseTunerLayer):
         self.molora_plan[adapter_name] = plan
         self.molora_spec[adapter_name] = plan.spec
         self.molora_ranks[adapter_name] = RankMap(plan.ranks, plan.scales)
-        self.molora_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+        dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+        self.molora_dropout[adapter_name] = dropout.train(self.training)
         self._add_bank(adapter_name, config, plan, pool)
         self._add_router(adapter_name, config, plan, group)
         self.reset_parameters(adapter_name, config)

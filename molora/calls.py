@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from molora.bank import MoLoraLayer
 from molora.config import MoLoraConfig
 from molora.decide import BASE_HIDDEN
-from molora.routing.inputs import RoutingInputs, RoutingScope, routing_inputs
+from molora.routing.inputs import RoutingInputs, RoutingScope, routing_inputs, scopes
 
 _BACKBONE_INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
 _KEYWORDS = tuple(RoutingInputs.__dataclass_fields__)
@@ -43,9 +43,12 @@ class ModelScope(RoutingScope):
         """A call begins; if a router needs them, the base model's hidden states are computed."""
         super().before_forward(model, args, kwargs)
         call = self.call
-        if call is None or not self.wants_base or call.decoded or (call.kept and BASE_HIDDEN in call.kept):
+        if call is None or self.silent or not self.wants_base:
             return
-        if any(not layer.disable_adapters for layer in model.modules() if isinstance(layer, MoLoraLayer)):
+        layers = [m for m in model.modules() if isinstance(m, MoLoraLayer) and not m.disable_adapters]
+        plans = [plan for layer in layers for plan in layer.molora_plan.values() if plan.router_input == "base"]
+        kept = call.kept and BASE_HIDDEN in call.kept and all(plan.level == "sequence" for plan in plans)
+        if plans and not call.decoded and not kept:
             call.shared[BASE_HIDDEN] = self._base_hidden(model, {"input_ids": args[0], **kwargs} if args else kwargs)
             if call.kept is not None:
                 call.kept[BASE_HIDDEN] = True
@@ -92,6 +95,10 @@ def scope_of(model: nn.Module, always: bool, wants_base: bool) -> ModelScope:
         scope = ModelScope()
         model.register_forward_pre_hook(scope.before_forward, with_kwargs=True)
         model.register_forward_hook(scope.after_forward, always_call=True)
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and hasattr(model, "get_encoder"):
+            encoder = model.get_encoder()  # type: ignore[operator]  # a method of transformers' models
+            encoder.register_forward_pre_hook(scope.before_encoder, with_kwargs=True)
+            encoder.register_forward_hook(scope.after_forward, always_call=True)
     scope.always = scope.always or always
     scope.wants_base = scope.wants_base or wants_base
     return scope
@@ -117,7 +124,8 @@ def _taking_keywords(method: Callable[..., Any], generating: bool) -> Callable[.
         if not any(isinstance(config, MoLoraConfig) for config in self.peft_config.values()):
             return method(self, *args, **kwargs)
         given = {name: kwargs.pop(name) for name in _KEYWORDS if kwargs.get(name) is not None}
-        with routing_inputs(self, **given, generating=generating) if given or generating else nullcontext():
+        prompts = generating and any(scope.always for scope in scopes(self))
+        with routing_inputs(self, **given, generating=generating) if given or prompts else nullcontext():
             return method(self, *args, **kwargs)
 
     wrapped.takes_routing_keywords = True  # type: ignore[attr-defined]

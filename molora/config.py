@@ -14,6 +14,7 @@ from peft.config import PeftConfig
 from molora.config_checks import FORMAT_VERSION, NAMES, check_types
 from molora.config_rules import advice, check_combination
 from molora.errors import ConfigError, Problem, did_you_mean
+from molora.imported import config_from_adapters
 from molora.peft_type import MOLORA
 from molora.presets import preset_fields
 from molora.routing.routers import reads
@@ -199,19 +200,20 @@ class MoLoraConfig(PeftConfig):
         Raises:
             ConfigError: If a folder holds no adapter that can be imported exactly, or the result is impossible.
         """
-        from molora.compose import config_from_adapters  # reads files; a config by itself needs none of it
-
         return config_from_adapters(cls, adapters, preset, overrides)
 
     @property
     def is_routed(self) -> bool:
         """Whether the gate depends on what is passed in; if so there is no single weight to merge."""
-        return bool(reads(self.router)) or self.selection == "adaptive_threshold" or self.has_nonlinear_experts
+        of_scores = self.weights == "blend" or self.score_weight is not None
+        of_input = bool(reads(self.router)) or self.selection == "adaptive_threshold"
+        return of_input or of_scores or self.has_nonlinear_experts
 
     @property
     def has_nonlinear_experts(self) -> bool:
         """Whether an expert alone is no linear map of the module's input."""
-        return bool(self.expert_activation or self.expert_bias) or self.adapter_position == "after"
+        spans = self.adapter_position == "after" or self.expert_scope == "ffn"
+        return bool(self.expert_activation or self.expert_bias) or spans
 
 
 def _refuse_unknown_fields(cls: type) -> None:

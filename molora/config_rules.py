@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from molora.config_checks import FORMAT_VERSION
+from molora.config_effects import without_effect
 from molora.errors import Problem
 from molora.routing import SELECTIONS_OF_FIELD, SUMS_TO_ONE, reads
 
@@ -27,6 +28,7 @@ def check_combination(config: Config) -> Iterator[Problem]:
     yield from _check_layout(config)
     yield from _check_scope(config)
     yield from _check_targets(config)
+    yield from without_effect(config)
 
 
 def fewest_experts(config: Config) -> int:
@@ -45,12 +47,14 @@ def _check_selection(config: Config) -> Iterator[Problem]:
     choices = fewest + config.null_experts
     if config.selection in SELECTIONS_OF_FIELD["top_k"] and (config.top_k or 2) > choices:
         yield Problem("top_k", f"cannot select {config.top_k or 2} of {choices} experts (`num_experts`).")
-    if config.selection == "top_k" and config.top_k == 1 and config.renormalize:
+    yield from _check_single(config)
+    if config.gate == "identity" and (config.renormalize or config.selection == "top_p"):
+        name, instead = ("renormalize", "renormalize=False") if config.renormalize else ("selection", "'top_k'")
         yield Problem(
-            "renormalize",
-            "renormalising a single expert makes its weight always 1, so the router gets no gradient; "
-            "set renormalize=False.",
+            name, f"weights of gate='identity' have any sign, so shares of their sum mean nothing; set {instead}."
         )
+    if config.selection == "sparsemixer" and config.renormalize and (config.top_k or 2) > 1:
+        yield Problem("renormalize", "undoes the weights that 'sparsemixer' estimates; set renormalize=False.")
     if config.selection == "adaptive_threshold" and "input" not in reads(config.router):
         yield Problem(
             "selection",
@@ -72,6 +76,20 @@ def _check_selection(config: Config) -> Iterator[Problem]:
         yield Problem("weights", "'biased_probability' needs the bias of `balance_bias_rate`; set it.")
 
 
+def _check_single(config: Config) -> Iterator[Problem]:
+    """The weight of a single kept expert, made to sum to one, is always one."""
+    of_groups = config.selection == "grouped_top_1" and config.expert_groups == 1
+    single = of_groups or (config.selection in SELECTIONS_OF_FIELD["top_k"] and config.top_k == 1)
+    softmaxed = config.weights == "selected_softmax"
+    if single and (config.renormalize or softmaxed) and not config.freeze_router:
+        yield Problem(
+            "weights" if softmaxed else "renormalize",
+            "renormalising a single expert makes its weight always 1, so the router gets no gradient; "
+            + ("set weights='probability'" if softmaxed else "set renormalize=False")
+            + ", or freeze_router=True.",
+        )
+
+
 def _check_router(config: Config) -> Iterator[Problem]:
     inputs = reads(config.router)
     fewest = fewest_experts(config)
@@ -81,8 +99,8 @@ def _check_router(config: Config) -> Iterator[Problem]:
             "'none' is for a single expert (num_experts=1, selection='dense'); set router='linear' or 'static'.",
         )
     # A relu or a frozen expert aside, what is always one teaches the router nothing.
-    always_one = (config.gate in SUMS_TO_ONE or config.renormalize) and not config.null_experts
-    if inputs and fewest == 1 and always_one:
+    always_one = config.renormalize or (config.gate in SUMS_TO_ONE and not config.null_experts)
+    if inputs and fewest == 1 and always_one and not config.freeze_router:
         yield Problem(
             "num_experts",
             "routing over one expert makes its weight always 1, so the router gets no gradient; use two or more, or "
@@ -99,12 +117,32 @@ def _check_router(config: Config) -> Iterator[Problem]:
             yield Problem(name, f"{needed!r} needs a router that reads the input; router={config.router!r} does not.")
     if config.router_level == "sequence" and config.selection == "adaptive_threshold":
         yield Problem("router_level", "'sequence' has no learned threshold; choose another `selection`.")
-    if "hidden" in inputs and config.router_sharing != "none":
-        yield Problem("router_sharing", f"router={config.router!r} has nothing to share; set router_sharing='none'.")
+    if isinstance(config.num_experts, list) and config.router_sharing in ("model", "weights"):
+        yield Problem(
+            "router_sharing", "needs the same num_experts in all layers; set router_sharing='block' or 'none'."
+        )
+    if "hidden" in inputs:
+        yield from _check_activation_router(config)
     if config.router == "recurrent" and config.router_level == "sequence":
         yield Problem("router_level", "'sequence' is not defined for router='recurrent'.")
     if config.weights == "blend" and config.router == "external":
         yield Problem("weights", "'blend' mixes scores with a router of its own; set router='linear'.")
+
+
+def _check_activation_router(config: Config) -> Iterator[Problem]:
+    """A router that reads `A x` needs rows of A for each expert it routes to, and for no others."""
+    if config.router_sharing != "none":
+        yield Problem("router_sharing", f"router={config.router!r} has nothing to share; set router_sharing='none'.")
+    if config.expert_layout != "separate":
+        yield Problem("expert_layout", f"router={config.router!r} needs rows of A for each expert; set 'separate'.")
+    if config.router == "activation_norm":
+        return
+    ranks = [config.r, *config.rank_pattern.values()]
+    if any(rank != 1 for rank in ranks) or config.imported_experts:
+        yield Problem("r", f"router={config.router!r} takes each rank for an expert; set r=1, everywhere.")
+    for name in ("null_experts", "shared_experts"):
+        if getattr(config, name):
+            yield Problem(name, f"router={config.router!r} takes each rank for an expert; leave them out.")
 
 
 def _check_experts(config: Config) -> Iterator[Problem]:
@@ -127,8 +165,6 @@ def _check_experts(config: Config) -> Iterator[Problem]:
         yield Problem("shared_weight", "has no effect without `shared_experts`.")
     if config.imported_experts is not None and len(config.imported_experts) > total:
         yield Problem("imported_experts", f"lists {len(config.imported_experts)} of {total} experts (`num_experts`).")
-    if config.router in ("activation", "unit_activation") and config.r != 1:
-        yield Problem("r", f"router={config.router!r} takes each rank for an expert; set r=1.")
     if isinstance(config.num_experts, list) and (config.shared_experts or config.expert_scope == "ffn"):
         yield Problem("num_experts", "as a list it goes with neither shared experts nor expert_scope='ffn'.")
     if config.capacity_factor is not None and config.selection not in SELECTIONS_OF_FIELD["top_k"]:
@@ -181,10 +217,29 @@ def _check_scope(config: Config) -> Iterator[Problem]:
                 yield Problem(name, f"expert_scope='ffn' shares one router per block already; set {name}={wanted!r}.")
         if config.expert_activation or config.expert_bias or config.shared_experts:
             yield Problem("expert_scope", "'ffn' goes with plain LoRA experts: no bias, activation or shared ones.")
+        if isinstance(config.r, list):
+            yield Problem("r", "is also the rank of plain LoRAs outside the block; set one number, or `rank_pattern`.")
+        yield from _check_never_empty(config)
         if "hidden" in reads(config.router) or config.router in ("none", "recurrent"):
             yield Problem("router", f"{config.router!r} cannot decide for a whole block; set router='linear'.")
+    if config.expert_scope == "block" and config.target_modules == "all-linear":
+        yield Problem(
+            "target_modules", "'all-linear' names no blocks; name those from hidden states to hidden states."
+        )
     if config.adapter_position == "after" and config.expert_scope == "linear" and config.expert_layout == "shards":
         yield Problem("adapter_position", "expert_layout='shards' reads the module's input; set 'parallel'.")
+
+
+def _check_never_empty(config: Config) -> Iterator[Problem]:
+    """A token without an expert would lose the whole feed-forward block, which is inside the mixture."""
+    why = "can leave a token without an expert, and so without its feed-forward block; "
+    if config.selection in ("threshold", "adaptive_threshold"):
+        yield Problem("selection", f"{config.selection!r} {why}set 'top_k', 'top_p' or 'dense'.")
+    if config.gate == "relu":
+        yield Problem("gate", f"'relu' {why}set 'softmax' or 'sigmoid'.")
+    for name in ("min_logit", "capacity_factor"):
+        if getattr(config, name) is not None:
+            yield Problem(name, f"{why}leave it out.")
 
 
 def _check_targets(config: Config) -> Iterator[Problem]:

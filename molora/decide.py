@@ -23,6 +23,9 @@ BASE_HIDDEN = "base_hidden"
 """Key in `RoutingCall.shared` of the base model's last hidden states, `[B, S, d]`."""
 
 
+_FEATURES = frozenset({"input", "hidden", "state"})
+
+
 def decide(layer: MoLoraLayer, name: str, x: Tensor, hidden: Tensor, rows: list[int] | None) -> Routing | None:
     """Decide how much each expert counts for each token.
 
@@ -44,14 +47,17 @@ def decide(layer: MoLoraLayer, name: str, x: Tensor, hidden: Tensor, rows: list[
         return None
     call = layer.routing_scope.current() if layer.routing_scope is not None else None
     group = layer.molora_group.get(name)
-    if group is not None and group.decides_once and group.leader is not layer:
+    follows = group is not None and group.decides_once and group.leader is not layer
+    # What depends on no features any module can look up, where the first one is in a part that does not run again,
+    # such as an encoder while text is generated.
+    if group is not None and follows and (plan.reads & _FEATURES or group.has_decided(name, call)):
         return group.take(name, call)
     given = None if call is None else call.inputs.expert_weights
     if given is not None and call is not None:
         routing = _given(given, plan, x, call, rows)
     else:
         routing = _Decision(layer, name, plan, x, hidden, call, rows).routing()
-    if group is not None and group.decides_once:
+    if group is not None and group.decides_once and group.leader is layer:
         group.put(name, call, routing)
     if layer.routing_recorder is not None and plan.reads and given is None:
         seen = _flat(routing, x)
@@ -78,7 +84,7 @@ def _given(weights: Tensor, plan: ModulePlan, x: Tensor, call: RoutingCall, rows
             "give one each."
         )
     if weights.ndim > 1:
-        weights = _over_tokens(_rows(weights, "expert_weights", x, call, rows), x)
+        weights = _over_tokens(_rows(weights, "expert_weights", x, call, rows), x, plan)
     return fixed(weights, per_sequence=weights.ndim > 1)
 
 
@@ -89,9 +95,17 @@ def _rows(values: Tensor, what: str, x: Tensor, call: RoutingCall, rows: list[in
     return rows_of(values, x.shape[0], call.kept is not None, what)
 
 
-def _over_tokens(values: Tensor, x: Tensor) -> Tensor:
-    """Put the dimensions of the tokens behind that of the rows: `[B, ...]` to `[B, 1, ...]`."""
-    return values.reshape(values.shape[0], *[1] * (x.ndim - 2), *values.shape[1:])
+def _over_tokens(values: Tensor, x: Tensor, plan: ModulePlan | None = None) -> Tensor:
+    """Put the dimensions of the tokens behind that of the rows: `[B, ...]` to `[B, 1, ...]`.
+
+    With a plan the last dimension is the experts', and that of the splits comes before it, if there are any.
+    """
+    splits = plan is not None and plan.num_splits > 1
+    return values.reshape(values.shape[0], *[1] * (x.ndim - 2 + splits), *values.shape[1:])
+
+
+def _wrong_prompt(mask: Tensor, x: Tensor) -> MoloraError:
+    return MoloraError(f"prompt_mask has {mask.shape[1]} columns and the input {x.shape[1]} tokens; give one each.")
 
 
 def _part(container: nn.ModuleDict, name: str) -> Any:
@@ -122,7 +136,7 @@ class _Decision:
         if self.plan.per_sequence and kept is not None and key in kept:
             return kept[key]
         routing = self._fresh()
-        if self.plan.per_sequence:
+        if self.plan.per_sequence and not self._scored_by_token():
             routing = replace(routing, per_sequence=True)
             if kept is not None:
                 kept[key] = routing
@@ -174,6 +188,11 @@ class _Decision:
         x, call = self.x, self.call
         if self.plan.router_input == "base":
             call = self._needed_call("router_input='base'")
+            if BASE_HIDDEN not in call.shared:
+                raise MoloraError(
+                    "router_input='base' per token cannot decode with a cache; generate with use_cache=False, or set "
+                    "router_level='sequence'."
+                )
             x = self._of_rows(call.shared[BASE_HIDDEN])
         x = promote(x)
         if self.plan.level == "sequence":
@@ -187,8 +206,6 @@ class _Decision:
                 )
             pool = pool_last if self.plan.router_input == "base" else pool_mean
             x = pool(x, self._prompt(x))
-        elif self.plan.router_input == "base" and x.shape[:-1] != self.x.shape[:-1]:
-            raise MoloraError("router_input='base' per token cannot decode with a cache; set router_level='sequence'.")
         if self.spec.router_jitter and self.layer.training and self.spec.selection != "sparsemixer":
             x = x * torch.empty_like(x).uniform_(1 - self.spec.router_jitter, 1 + self.spec.router_jitter)
         return x
@@ -197,8 +214,12 @@ class _Decision:
         """`[B, S]`, the tokens a decision about a sequence reads."""
         call = self._needed_call("router_level='sequence'")
         if call.prompt is not None and call.prompt.shape[1] >= x.shape[1]:
+            if call.inputs.prompt_mask is not None and call.prompt.shape[1] != x.shape[1]:
+                raise _wrong_prompt(call.prompt, x)
             mask = rows_of(call.prompt, call.batch or len(call.prompt), call.kept is not None, "prompt_mask")
             return self._of_rows(mask[:, -x.shape[1] :].bool().to(x.device))
+        if call.inputs.prompt_mask is not None:
+            raise _wrong_prompt(call.inputs.prompt_mask, x)
         mask = call.masks.of_layer(self.layer.routing_name, torch.Size([call.batch or x.shape[0], x.shape[1]]))
         return None if mask is None else self._of_rows(mask.to(x.device))
 
@@ -206,7 +227,9 @@ class _Decision:
         return values if self.rows is None else values[self.rows]
 
     def _real_tokens(self, logits: Tensor) -> Tensor | None:
-        return None if self.call is None else self.call.masks.of_layer(self.layer.routing_name, logits.shape[:-1])
+        if self.call is None or self.plan.per_sequence:
+            return None
+        return self.call.masks.of_layer(self.layer.routing_name, logits.shape[:-1])
 
     def _given(self, what: str) -> Tensor:
         value = None if self.call is None else getattr(self.call.inputs, what)
@@ -231,8 +254,19 @@ class _Decision:
                 "one each."
             )
         if scores.ndim == 2:
-            return _over_tokens(scores, self.x)
-        return scores[:, -self.x.shape[1] :]
+            return _over_tokens(scores, self.x, self.plan)
+        assert self.call is not None
+        length, written = self.x.shape[1], self.call.kept is not None and self.call.decoded
+        if scores.shape[1] < length or (written and scores.shape[1] != length):
+            raise MoloraError(
+                f"expert_scores of {scores.shape[1]} tokens do not reach the {length} tokens of this pass or those "
+                "yet to be generated; give one vector per row, [B, E]."
+            )
+        return scores[:, -length:]
+
+    def _scored_by_token(self) -> bool:
+        scores = None if self.call is None else self.call.inputs.expert_scores
+        return "scores" in self.plan.reads and scores is not None and scores.ndim > 2
 
     def _state(self) -> Tensor | None:
         before = self.layer.molora_before.get(self.name)
@@ -253,4 +287,4 @@ class _Decision:
         if mask.ndim == 1:
             return mask
         assert self.call is not None
-        return _over_tokens(_rows(mask, "expert_mask", self.x, self.call, self.rows), self.x)
+        return _over_tokens(_rows(mask, "expert_mask", self.x, self.call, self.rows), self.x, self.plan)

@@ -7,7 +7,8 @@
 | with a prompt | `token_f1` | mean F1 of the answers' and references' white-space tokens, counted as bags |
 | plain text | `perplexity` | exp of the mean negative log-likelihood a token; lower is better |
 
-Likelihoods come from `molora.likelihood`, answers from `generate`.
+Likelihoods come from `molora.likelihood`, answers from `generate`. Routing that reads a task is given each task's
+position, routing that reads scores those of the row.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from molora.data.formats import Example
 from molora.data.mixture import TaskData
 from molora.data.tokenize import encode_parts
 from molora.errors import MoloraError
-from molora.likelihood import Prompted, log_likelihoods, pad_with_mask
+from molora.likelihood import Prompted, log_likelihoods, pad_with_mask, routed
 
 LOWER_IS_BETTER = ("perplexity",)
 
@@ -66,7 +67,7 @@ def score_tasks(
     Args:
         model: A causal language model, plain or wrapped by PEFT.
         tokenizer: Its tokenizer, with a pad token.
-        tasks: Only `eval` is read.
+        tasks: Only `eval` is read. A task's position is its id, as in training.
         batch_size: Prompts a batch.
         max_new_tokens: Longest generated answer.
         progress: Show a progress bar over the rows of all tasks.
@@ -83,8 +84,8 @@ def score_tasks(
     with _evaluating(model), tqdm(total=total, desc="scoring", unit="row", disable=not progress) as bar:
         return [
             score
-            for task in tasks
-            for score in _score_task(model, tokenizer, task, batch_size, max_new_tokens, bar.update)
+            for task_id, task in enumerate(tasks)
+            for score in _score_task(model, tokenizer, task, task_id, batch_size, max_new_tokens, bar.update)
         ]
 
 
@@ -117,27 +118,27 @@ def _score_task(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     task: TaskData,
+    task_id: int,
     batch_size: int,
     max_new_tokens: int,
     tick: Callable[[int], Any],
 ) -> Iterator[TaskScore]:
-    limit = _context(model)
+    limit, pad = _context(model), int(tokenizer.pad_token_id)
     chosen = [example for example in task.eval if example.choices]
     texts = [example for example in task.eval if example.prompt is None and not example.choices]
     asked = [example for example in task.eval if example.prompt is not None and not example.choices]
     if chosen:
-        scores = log_likelihoods(
-            model, int(tokenizer.pad_token_id), [_choices(e, tokenizer, limit) for e in chosen], batch_size, tick
-        )
+        given = [_choices(example, tokenizer, limit) for example in chosen]
+        scores = log_likelihoods(model, pad, given, batch_size, tick, task_id)
         right = sum(row.index(max(row)) == e.label for row, e in zip(scores, chosen, strict=True))
         yield TaskScore(task.name, "accuracy", right / len(chosen), len(chosen))
     if asked:
-        answers = _generate(model, tokenizer, asked, batch_size, max_new_tokens, tick)
+        answers = _generate(model, tokenizer, asked, task_id, batch_size, max_new_tokens, tick)
         pairs = [(answer.strip(), e.completion.strip()) for answer, e in zip(answers, asked, strict=True)]
         yield TaskScore(task.name, "exact_match", sum(a == b for a, b in pairs) / len(pairs), len(pairs))
         yield TaskScore(task.name, "token_f1", sum(token_f1(a, b) for a, b in pairs) / len(pairs), len(pairs))
     if rows := [row for example in texts if (row := _text(example, tokenizer, limit)).completions[0]]:
-        scores = log_likelihoods(model, int(tokenizer.pad_token_id), rows, batch_size, tick)
+        scores = log_likelihoods(model, pad, rows, batch_size, tick, task_id)
         tokens = sum(len(row.completions[0]) for row in rows)
         yield TaskScore(task.name, "perplexity", math.exp(-sum(score for [score] in scores) / tokens), len(rows))
 
@@ -145,20 +146,21 @@ def _score_task(
 def _choices(example: Example, tokenizer: PreTrainedTokenizerBase, limit: int) -> Prompted:
     parts = [encode_parts(replace(example, completion=choice), tokenizer) for choice in example.choices]
     completions = [completion for _, completion in parts]
-    return Prompted(_tail(parts[0][0], limit - max(map(len, completions))), completions)
+    return Prompted(_tail(parts[0][0], limit - max(map(len, completions))), completions, example.expert_scores)
 
 
 def _text(example: Example, tokenizer: PreTrainedTokenizerBase, limit: int) -> Prompted:
     # The first token of a text has nothing before it to be predicted from.
     start, text = encode_parts(example, tokenizer)
     ids = (start + text)[:limit]
-    return Prompted(ids[:1], [ids[1:]])
+    return Prompted(ids[:1], [ids[1:]], example.expert_scores)
 
 
 def _generate(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
+    task_id: int,
     batch_size: int,
     max_new_tokens: int,
     tick: Callable[[int], Any],
@@ -173,7 +175,8 @@ def _generate(
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         ids, mask = pad_with_mask([prompts[index] for index in batch], int(tokenizer.pad_token_id), "left", device)
-        output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+        with routed(model, task_id, [examples[index].expert_scores for index in batch]):
+            output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
         for index, row in zip(batch, output[:, ids.shape[1] :], strict=True):
             answers[index] = str(tokenizer.decode(row, skip_special_tokens=True))
         tick(len(batch))
@@ -209,12 +212,20 @@ def _context(model: Any) -> int:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def _evaluating(model: Any) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     model.eval()
+    # A base model that is a mixture itself would compute its balancing loss, which fails with a key-value cache; TRL
+    # asks for it.
+    config = model.config.get_text_config()
+    asked = getattr(config, "output_router_logits", None)
     try:
+        if asked:
+            config.output_router_logits = False
         with torch.no_grad():
             yield
     finally:
+        if asked:
+            config.output_router_logits = asked
         for module, mode in modes.items():
             module.training = mode

@@ -35,6 +35,11 @@ class BankWeight(nn.Module):
         """Multiply `[..., columns]` to `[..., rows]`."""
         return F.linear(x, self.weight, self.bias)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the matrix."""
+        return self.weight.dtype
+
     def matrix(self) -> Tensor:
         """The matrix as a whole, `[rows, columns]`."""
         return self.weight
@@ -110,6 +115,11 @@ class ShardedWeight(nn.Module):
         """Multiply by the matrix: `[..., in]` to `[..., r]` for A, `[..., r]` to `[..., out]` for B."""
         return F.linear(x, self.matrix())
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the pool."""
+        return self._pool[0].weight_A.dtype
+
     def matrix(self) -> Tensor:
         """The matrix as a whole, `[r, in]` for A, `[out, r]` for B."""
         vectors = self._pool[0](self.index, self.kind)
@@ -153,6 +163,7 @@ class RankMap(nn.Module):
 
     expert: Tensor
     scale: Tensor
+    scale_of_expert: Tensor
 
     def __init__(self, ranks: Sequence[int], scales: Sequence[float]) -> None:
         super().__init__()
@@ -165,7 +176,8 @@ class RankMap(nn.Module):
         of_rank = [expert for expert, rank in enumerate(self.ranks) for _ in range(rank)]
         scales = [self.scales[expert] for expert in of_rank]
         self.register_buffer("expert", torch.tensor(of_rank, device=device, dtype=torch.long), persistent=False)
-        self.register_buffer("scale", torch.tensor(scales, device=device, dtype=torch.float64), persistent=False)
+        self.register_buffer("scale", torch.tensor(scales, device=device), persistent=False)
+        self.register_buffer("scale_of_expert", torch.tensor(self.scales, device=device), persistent=False)
 
     @property
     def total_rank(self) -> int:
@@ -182,11 +194,26 @@ class RankMap(nn.Module):
             `rank_gate`: `[..., R]`, or a number when every rank has the same gate.
         """
         if weights is None:
-            return self.scales[0] if self._equal else self.scale.to(torch.get_default_dtype())
+            return self.scales[0] if self._equal else self.scale
         if self._equal:
             # A plain repeat: its backward is a sum, deterministic where that of an index is not.
             return weights.repeat_interleave(self.ranks[0], dim=-1) * self.scales[0]
-        return weights[..., self.expert] * self.scale.to(weights.dtype)
+        return weights[..., self.expert] * self.rank_scale(weights)
+
+    def rank_scale(self, weights: Tensor) -> Tensor:
+        """Scale of each rank, `[R]`, in the precision of `weights`."""
+        return self._in_dtype(self.scale, weights)
+
+    def scaled(self, weights: Tensor) -> Tensor:
+        """Multiply each expert's scale into its weight, `[..., E]`."""
+        return weights * (self.scales[0] if self._equal else self._in_dtype(self.scale_of_expert, weights))
+
+    def _in_dtype(self, scale: Tensor, weights: Tensor) -> Tensor:
+        if weights.dtype != torch.float64:
+            return scale
+        # Rare, and for tests: the buffers are fp32, as not every device knows fp64.
+        exact = self.scales if scale is self.scale_of_expert else [self.scales[e] for e in self.expert.tolist()]
+        return torch.tensor(exact, dtype=torch.float64, device=weights.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RankMap:
         # Filled anew rather than moved: a cast would round the scale, and the meta device would lose both for good, as

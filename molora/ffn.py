@@ -18,7 +18,7 @@ from molora.decide import decide
 from molora.routing import Routing
 
 if TYPE_CHECKING:
-    from molora.layer import MoLoraLinear
+    from molora.bank import MoLoraLayer
 
 
 def _slots(routing: Routing, num_slots: int) -> tuple[Tensor, Tensor]:
@@ -30,7 +30,7 @@ def _slots(routing: Routing, num_slots: int) -> tuple[Tensor, Tensor]:
     return experts, routing.weights.gather(-1, experts)
 
 
-def _slots_of(layer: MoLoraLinear, name: str, x: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+def _slots_of(layer: MoLoraLayer, name: str, x: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """Which ranks belong to each slot, scaled, `[..., K, R]`, and the weights of the slots, `[..., K]`."""
     routing = decide(layer, name, x, hidden, None)
     assert routing is not None
@@ -38,34 +38,38 @@ def _slots_of(layer: MoLoraLinear, name: str, x: Tensor, hidden: Tensor) -> tupl
     fixed_number = spec.selection in ("top_k", "sparsemixer") and routing.weights is not routing.logits
     experts, weights = _slots(routing, spec.top_k if fixed_number else layer.molora_plan[name].num_experts)
     member = experts.unsqueeze(-1) == ranks.expert
-    return member * ranks.scale.to(weights.dtype), weights
+    return member * ranks.rank_scale(weights), weights
 
 
-def expand_slots(layer: MoLoraLinear, name: str, x: Tensor, result: Tensor) -> Tensor:
+def expand_slots(layer: MoLoraLayer, name: str, x: Tensor, down: tuple[Tensor, torch.dtype], result: Tensor) -> Tensor:
     """Give the answer of each chosen expert: `[..., in]` to `[..., K, out]`.
 
     Args:
         layer: One of the block's first linears.
         name: Name of the adapter.
         x: Input of the block.
+        down: `A x` and the dtype that B is multiplied in.
         result: The frozen linear's output, `[..., out]`.
     """
-    hidden, dtype = layer._down(name, x)
+    hidden, dtype = down
     ranks, _ = _slots_of(layer, name, x, hidden)
     delta = layer.output(name, (hidden.unsqueeze(-2) * ranks).to(dtype))
     return (result.unsqueeze(-2) + delta).to(result.dtype)
 
 
-def combine_slots(layer: MoLoraLinear, name: str, x: Tensor, base: Callable[[Tensor], Tensor]) -> Tensor:
+def combine_slots(
+    layer: MoLoraLayer, name: str, x: Tensor, down: tuple[Tensor, torch.dtype], base: Callable[[Tensor], Tensor]
+) -> Tensor:
     """Mix the answers of the chosen experts: `[..., K, in]` to `[..., out]`.
 
     Args:
         layer: The block's last linear.
         name: Name of the adapter.
         x: One input per chosen expert.
+        down: `A x` and the dtype that B is multiplied in.
         base: The frozen linear.
     """
-    hidden, dtype = layer._down(name, x)
+    hidden, dtype = down
     ranks, weights = _slots_of(layer, name, x, hidden)
     weights = weights.unsqueeze(-1)
     result = base((weights * x).sum(dim=-2).to(x.dtype))

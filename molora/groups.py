@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from molora.errors import MoloraError
 from molora.routing import Routing
 from molora.routing.inputs import RoutingCall
-
-if TYPE_CHECKING:
-    from molora.bank import MoLoraLayer
 
 
 class RoutingGroup:
@@ -22,7 +19,7 @@ class RoutingGroup:
         spans_ffn: The modules are those of a feed-forward block, and an expert spans all of them.
 
     Attributes:
-        members: The modules in the order of the model; the first holds the router.
+        members: The modules (`MoLoraLayer`) in the order of the model; the first holds the router.
     """
 
     def __init__(self, name: str, decides_once: bool, feature_size: int, spans_ffn: bool = False) -> None:
@@ -30,12 +27,12 @@ class RoutingGroup:
         self.name = name
         self.decides_once = decides_once
         self.feature_size = feature_size
-        self.members: list[MoLoraLayer] = []
+        self.members: list[Any] = []
         self._decision: Routing | None = None
         self._unread = 0
 
     @property
-    def leader(self) -> MoLoraLayer:
+    def leader(self) -> Any:
         """The module that holds the router."""
         return self.members[0]
 
@@ -45,6 +42,10 @@ class RoutingGroup:
             call.shared[adapter_name, id(self)] = routing
         elif len(self.members) > 1:
             self._decision, self._unread = routing, len(self.members) - 1
+
+    def has_decided(self, adapter_name: str, call: RoutingCall | None) -> bool:
+        """Whether there is a decision to take."""
+        return (self._decision if call is None else call.shared.get((adapter_name, id(self)))) is not None
 
     def take(self, adapter_name: str, call: RoutingCall | None) -> Routing:
         """The leader's decision.
@@ -65,7 +66,7 @@ class RoutingGroup:
                 self._decision = None
         return routing
 
-    def is_last(self, layer: MoLoraLayer) -> bool:
+    def is_last(self, layer: Any) -> bool:
         """Whether a module is the one whose output leaves the group."""
         return self.members[-1] is layer
 

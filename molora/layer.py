@@ -17,7 +17,8 @@ from molora.decide import decide
 from molora.errors import MergeError, MoloraError
 from molora.ffn import combine_slots, expand_slots
 from molora.groups import RoutingGroup
-from molora.layouts import ACTIVATIONS, LAYOUTS, split_factors
+from molora.kernels import split_factors
+from molora.layouts import ACTIVATIONS, LAYOUTS
 from molora.plan import ModulePlan
 from molora.routing import Routing, route
 from molora.routing.precision import autocast_enabled
@@ -26,12 +27,22 @@ BASE_ADAPTER = "__base__"
 """In `adapter_names`, stands for the base model without any adapter."""
 
 
-def cannot_merge(adapter_name: str) -> MergeError:
-    """The refusal to merge an adapter whose gate depends on what is passed in."""
+def cannot_merge(adapter_name: str, reads: frozenset[str]) -> MergeError:
+    """The refusal to merge an adapter that is no fixed linear map.
+
+    Args:
+        adapter_name: Name of the adapter.
+        reads: What its weights depend on, as in `ModulePlan.reads`.
+    """
+    given = [name for kind, name in (("task", "task_ids"), ("scores", "expert_scores")) if kind in reads]
+    if reads & {"input", "hidden", "state"}:
+        why = "routes every token by itself"
+    else:
+        why = f"weighs its experts by the {' and '.join(given)} of each row" if given else "has nonlinear experts"
     return MergeError(
-        f"adapter {adapter_name!r} routes every token by itself, so no single weight reproduces it; merging would "
-        "silently change the model. Keep the adapter unmerged (it loads anywhere PEFT does after `import molora`), or "
-        "train a mergeable mixture with MoLoraConfig.from_preset('static')."
+        f"adapter {adapter_name!r} {why}, so no single weight reproduces it; merging would silently change the model. "
+        "Keep the adapter unmerged (it loads anywhere PEFT does after `import molora`), or train a mergeable mixture "
+        "with MoLoraConfig.from_preset('static')."
     )
 
 
@@ -94,7 +105,7 @@ class MoLoraModule(nn.Module, MoLoraLayer):
     def _dtype_of(self, adapter_name: str) -> torch.dtype:
         for container in (self.molora_A, self.molora_frozen_A):
             if adapter_name in container:
-                return container[adapter_name].matrix().dtype
+                return container[adapter_name].dtype
         raise KeyError(adapter_name)
 
     def _is_off(self) -> bool:
@@ -112,13 +123,13 @@ class MoLoraModule(nn.Module, MoLoraLayer):
 
     def _add(self, result: Tensor, x: Tensor, adapter_names: list[str] | None) -> Tensor:
         """Add what the adapters add, each to its rows."""
-        dtype = result.dtype
+        dtype, frozen = result.dtype, result
         if adapter_names is not None:
             result = result.clone()
         elif self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
         for name, rows in self._applied(adapter_names):
-            source = result if self.molora_plan[name].after else x
+            source = frozen if self.molora_plan[name].after else x
             if rows is None:
                 result = result + self.delta(name, source)
             else:
@@ -147,7 +158,9 @@ class MoLoraModule(nn.Module, MoLoraLayer):
         if not self.has_adapter(adapter_name):
             return False
         plan = self.molora_plan[adapter_name]
-        return bool(plan.reads) or plan.after or plan.activation is not None or self._has_bias(adapter_name)
+        group = self.molora_group.get(adapter_name)
+        nonlinear = plan.after or plan.activation is not None or (group is not None and group.spans_ffn)
+        return bool(plan.reads) or nonlinear or self._has_bias(adapter_name)
 
     def _has_bias(self, adapter_name: str) -> bool:
         return any(
@@ -216,9 +229,10 @@ class MoLoraLinear(MoLoraModule):
 
     def _forward_in_ffn(self, group: RoutingGroup, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         name = next(name for name, _ in self._applied(None))
+        down = self._down(name, x)
         if not group.is_last(self):
-            return expand_slots(self, name, x, self.base_layer(x, *args, **kwargs))
-        return combine_slots(self, name, x, lambda mixed: self.base_layer(mixed, *args, **kwargs))
+            return expand_slots(self, name, x, down, self.base_layer(x, *args, **kwargs))
+        return combine_slots(self, name, x, down, lambda mixed: self.base_layer(mixed, *args, **kwargs))
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """The one weight an adapter adds, `[out, in]` (transposed for `Conv1D`), in the dtype of B.
@@ -227,7 +241,7 @@ class MoLoraLinear(MoLoraModule):
             MergeError: If the gate depends on what is passed in.
         """
         if self.is_routed(adapter_name):
-            raise cannot_merge(adapter_name)
+            raise cannot_merge(adapter_name, self.molora_plan[adapter_name].reads)
         lora_a, lora_b = self.matrices(adapter_name)
         weights = None
         if self.molora_plan[adapter_name].router != "none":
@@ -274,65 +288,3 @@ class MoLoraLinear(MoLoraModule):
     def extra_repr(self) -> str:
         """Show the kind of quantisation, if any, in `print(model)`."""
         return quantization_extra_repr(self)
-
-
-class MoLoraBlock(MoLoraModule):
-    """A frozen block from hidden states to hidden states, plus mixtures of LoRA experts beside or behind it.
-
-    The block may be anything: a mixture-of-experts layer of the base model (PERFT), a whole decoder layer (BECoTTA).
-    If it returns several things, experts add to the first.
-
-    Args:
-        base_layer: The block.
-        adapter_name: Name of the first adapter.
-        config: Its configuration.
-        plan: What of it concerns this block.
-        hidden_size: Size of its input and output.
-        **kwargs: As for `MoLoraModule`.
-    """
-
-    def __init__(
-        self,
-        base_layer: nn.Module,
-        adapter_name: str,
-        config: MoLoraConfig,
-        plan: ModulePlan,
-        hidden_size: int,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(base_layer, adapter_name, config, plan, hidden_size, hidden_size, **kwargs)
-
-    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
-        """Run the block on hidden states `[..., d]` and add the experts to its first output.
-
-        Args:
-            x: Hidden states.
-            *args: Passed to the block.
-            adapter_names: For each row of the batch the adapter to use, or `"__base__"` for none.
-            **kwargs: Passed to the block.
-        """
-        self._check_forward_args(x, adapter_names)
-        result = self.base_layer(x, *args, **kwargs)
-        if self._is_off():
-            return result
-        if isinstance(result, Tensor):
-            return self._add(result, x, adapter_names)
-        return type(result)((self._add(result[0], x, adapter_names), *result[1:]))
-
-    def __getattr__(self, name: str) -> Any:
-        # The model around a block may ask it for more than its output, such as the kind of attention of a layer.
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_layer":
-                raise
-            return getattr(self.base_layer, name)
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Refuse: a block has no one weight.
-
-        Raises:
-            MergeError: Always.
-        """
-        for name in check_adapters_to_merge(self, adapter_names):
-            raise cannot_merge(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import warnings
 from collections.abc import Iterable, Sequence
@@ -129,9 +130,13 @@ def _keeps_old_outputs(config: MoLoraConfig) -> bool:
         config.gate in _INDEPENDENT_GATES
         and config.selection in _INDEPENDENT_SELECTIONS
         and not config.renormalize
+        and config.weights != "selected_softmax"
+        and config.shared_weight == "one"
+        and config.scale_by == "expert"
         and config.logit_norm is None
         and config.router != "unit_activation"
         and config.expert_layout != "factors"
+        and config.expert_scope != "ffn"  # even an expert that does nothing adds the frozen block's answer
         and (config.selection == "dense" or config.threshold is not None)
     )
 
@@ -171,16 +176,27 @@ def _rebuild(model: nn.Module, adapter_name: str, fields: dict[str, Any], order_
     layers = [layer for layer in _layers(model, adapter_name) if layer.molora_plan[adapter_name].router != "none"]
     if any(adapter_name in layer.merged_adapters for layer in layers):
         raise MoloraError(f"adapter {adapter_name!r} is merged; unmerge it first.")
+    start = copy.copy(new)
+    start.init_weights = True  # new experts add nothing, however the first ones were drawn
     groups: dict[int, RoutingGroup] = {}
     for layer in layers:
         plan = layer.molora_plan[adapter_name]
         grown = plan_module(new, layer.module_key, num_layers, kind=(plan.position, plan.of_kind))
-        old = _Snapshot(layer, adapter_name)
-        layer.update_layer(adapter_name, new, grown, _successor(old.group, groups))
+        old, others = _Snapshot(layer, adapter_name), _parameters_of_others(layer, adapter_name)
+        trained = [parameter.requires_grad for parameter in others]
+        group = _successor(old.group, groups)
+        layer.update_layer(adapter_name, start, grown, group, inference_mode=config.inference_mode)
         layer.molora_before[adapter_name] = old.before
         old.restore(layer, adapter_name, order_of(plan))
+        for parameter, trains in zip(others, trained, strict=True):
+            parameter.requires_grad_(trains)
     for name, value in fields.items():
         setattr(config, name, value)
+
+
+def _parameters_of_others(layer: MoLoraLayer, adapter_name: str) -> list[nn.Parameter]:
+    containers = [getattr(layer, name) for name in layer.adapter_layer_names]
+    return [p for parts in containers for name in parts if name != adapter_name for p in parts[name].parameters()]
 
 
 def _successor(group: RoutingGroup | None, groups: dict[int, RoutingGroup]) -> RoutingGroup | None:
@@ -206,6 +222,7 @@ class _Snapshot:
     def restore(self, layer: MoLoraLayer, name: str, order: Sequence[int | None]) -> None:
         """Copy what is kept; `order` names for each routed expert the old one it was, or `None` for a fresh one."""
         shared = range(self.plan.num_experts, self.plan.bank_experts)
+        self._restore_dtypes(layer, name)
         self._restore_bank(layer, name, [*order, *shared])
         nulls = range(self.plan.num_experts, self.plan.num_experts + self.plan.spec.null_experts)
         for part, old in self.parts.items():
@@ -219,6 +236,15 @@ class _Snapshot:
                     _take(targets[key][0], sized[key][0], sized[key][1], [*order, *nulls])
                 else:
                     dict(new.named_parameters())[key].data.copy_(value)
+
+    def _restore_dtypes(self, layer: MoLoraLayer, name: str) -> None:
+        """New parts come in the dtype of the base layer, and trained ones are often kept in a finer one."""
+        for downs, ups, _ in layer._banks(name):
+            downs.to(self.matrices[0].dtype)
+            ups.to(self.matrices[1].dtype)
+        for part, old in self.parts.items():
+            for parameter in old.parameters():
+                getattr(layer, part)[name].to(parameter.dtype)
 
     def _restore_bank(self, layer: MoLoraLayer, name: str, order: Sequence[int | None]) -> None:
         rows = _rank_order(self.plan, layer.molora_plan[name], order)

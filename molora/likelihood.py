@@ -2,12 +2,16 @@
 
 Each prompt is read once and its key-value cache shared by all its completions; logits are computed at the
 completions' positions only. With 20 choices a row that is several times less work than one sequence a choice.
+
+What routing decides about a whole sequence it decides when the prompt is read, and the completions follow it, as in
+generation.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +19,7 @@ import torch
 
 from molora.data.collate import Side, pad_rows
 from molora.errors import MoloraError
+from molora.routing.inputs import continuing_rows, routing_inputs, scopes
 
 # Completion positions scored in one forward: the fp32 copy of their logits stays near 200 MB at a vocabulary of 50k.
 POSITIONS = 1024
@@ -22,19 +27,45 @@ POSITIONS = 1024
 
 @dataclass(frozen=True)
 class Prompted:
-    """A prompt and the completions to score after it, as token ids."""
+    """A prompt and the completions to score after it, as token ids.
+
+    Attributes:
+        prompt: At least one token.
+        completions: What may follow.
+        expert_scores: A number per expert, for routing that reads them; may be empty.
+    """
 
     prompt: list[int]
     completions: list[list[int]]
+    expert_scores: tuple[float, ...] = ()
 
 
 def log_likelihoods(
-    model: Any, pad: int, rows: Sequence[Prompted], batch_size: int, tick: Callable[[int], Any]
+    model: Any,
+    pad: int,
+    rows: Sequence[Prompted],
+    batch_size: int,
+    tick: Callable[[int], Any],
+    task_id: int | None = None,
 ) -> list[list[float]]:
-    """Return, for each row, the summed log-probability of each of its completions."""
+    """Return, for each row, the summed log-probability of each of its completions.
+
+    Args:
+        model: A causal language model in evaluation mode.
+        pad: Fills up rows.
+        rows: Prompts and completions; all have expert scores or none.
+        batch_size: Prompts a batch.
+        tick: Told how many rows are done.
+        task_id: The task of all rows, for routing that reads it.
+
+    Raises:
+        MoloraError: The model keeps no key-value cache.
+    """
     results: list[list[float]] = [[] for _ in rows]
     for batch in _batches(rows, batch_size):
-        scores = _score_batch(model, pad, [rows[index] for index in batch])
+        given = [rows[index] for index in batch]
+        with routed(model, task_id, [row.expert_scores for row in given]):
+            scores = _score_batch(model, pad, given)
         for index in batch:
             results[index] = [scores.pop(0) for _ in rows[index].completions]
         tick(len(batch))
@@ -54,6 +85,29 @@ def _batches(rows: Sequence[Prompted], batch_size: int) -> Iterator[list[int]]:
             longest = max(map(len, rows[index].completions))
         batch.append(index)
     yield batch
+
+
+def routed(
+    model: Any, task_id: int | None, expert_scores: Sequence[Sequence[float]] = ()
+) -> AbstractContextManager[None]:
+    """Open a block for one batch of prompts and what follows them.
+
+    Routing finds their task and scores in it, and keeps to what it decided about each prompt.
+
+    Args:
+        model: Any model; one without molora layers needs nothing.
+        task_id: The task of all rows.
+        expert_scores: Those of each row, `[B, E]`; nothing is given if they are empty.
+    """
+    if not scopes(model):
+        return nullcontext()
+    device = next(model.parameters()).device
+    return routing_inputs(
+        model,
+        task_ids=None if task_id is None else torch.tensor([task_id], device=device),
+        expert_scores=torch.tensor(expert_scores, device=device) if any(map(len, expert_scores)) else None,
+        generating=True,
+    )
 
 
 def _score_batch(model: Any, pad: int, rows: Sequence[Prompted]) -> list[float]:
@@ -76,13 +130,14 @@ def _score_batch(model: Any, pad: int, rows: Sequence[Prompted]) -> list[float]:
         output.past_key_values.batch_select_indices(owner)
         read = target_mask[:, :-1]
         positions = mask.sum(dim=1)[owner, None] + torch.arange(read.shape[1], device=device)
-        logits = model(
-            input_ids=targets[:, :-1],
-            attention_mask=torch.cat([mask[owner], read], dim=1),
-            position_ids=positions,
-            past_key_values=output.past_key_values,
-            use_cache=True,
-        ).logits
+        with continuing_rows(model, owner):
+            logits = model(
+                input_ids=targets[:, :-1],
+                attention_mask=torch.cat([mask[owner], read], dim=1),
+                position_ids=positions,
+                past_key_values=output.past_key_values,
+                use_cache=True,
+            ).logits
         total = torch.cat([total, _token_log_probs(logits, targets[:, 1:])], dim=1)
     return (total * target_mask).sum(dim=1).tolist()
 

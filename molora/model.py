@@ -14,13 +14,14 @@ from transformers.pytorch_utils import Conv1D
 
 from molora import lifecycle
 from molora.bank import MoLoraLayer
+from molora.block import MoLoraBlock
 from molora.calls import needs_every_call, scope_of
 from molora.config import MoLoraConfig
-from molora.layer import MoLoraBlock, MoLoraLinear, cannot_merge
+from molora.layer import MoLoraLinear, cannot_merge
 from molora.placement import Placement, layers_in_range
-from molora.plan import ModulePlan, plan_module
+from molora.plan import ModulePlan, plan_module, routing_reads
 from molora.row_adapters import adapters_by_row
-from molora.targets import adapted_sizes, check_level, check_targets, text_config
+from molora.targets import adapted_sizes, check_level, check_nesting, check_targets, is_linear, text_config
 
 
 class MoLoraModel(BaseTuner):
@@ -50,11 +51,14 @@ class MoLoraModel(BaseTuner):
         if peft_config.depth_range is not None:
             peft_config.layers_to_transform = layers_in_range(peft_config.depth_range, num_layers)
         self._placement = Placement(peft_config, num_layers, getattr(sizes, "hidden_size", None))
-        self._placement.expect(
+        targets = [
             (key, module)
             for key, module in model.named_modules()
             if key and self._check_target_module_exists(peft_config, key)
-        )
+        ]
+        check_nesting([key for key, _ in targets], _blocks(model))
+        linears = [key.removesuffix(".base_layer") for key, module in model.named_modules() if is_linear(module)]
+        self._placement.expect(targets, linears)
         self._scope = scope_of(model, needs_every_call(peft_config), peft_config.router_input == "base")
 
     def _create_and_replace(
@@ -154,7 +158,7 @@ class MoLoraModel(BaseTuner):
         for name in adapter_names or self.active_adapters:
             config = self.peft_config.get(name)
             if isinstance(config, MoLoraConfig) and config.is_routed:
-                raise cannot_merge(name)
+                raise cannot_merge(name, routing_reads(config))
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if hasattr(new_module, "base_layer"):
@@ -172,3 +176,7 @@ class MoLoraModel(BaseTuner):
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:
         return adapters_by_row(self, kwargs.pop("adapter_names", None), kwargs.get("num_beams"))
+
+
+def _blocks(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, MoLoraBlock)]

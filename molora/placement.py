@@ -9,6 +9,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from torch import nn
 
+from molora.bank import MoLoraLayer
 from molora.config import MoLoraConfig
 from molora.errors import TargetModulesError
 from molora.experts import ShardPool
@@ -34,17 +35,23 @@ class Placement:
         self.kinds: dict[Any, list[str]] = defaultdict(list)
         self.previous: list[Any] = []
 
-    def expect(self, targets: Iterable[tuple[str, nn.Module]]) -> None:
+    def expect(self, targets: Iterable[tuple[str, nn.Module]], linears: Iterable[str] = ()) -> None:
         """Look at the modules that will be adapted, before the first one is.
 
         Args:
             targets: Their names and the modules.
+            linears: Names of all linears of the model.
 
         Raises:
             TargetModulesError: If experts should span feed-forward blocks, and the targets do not.
         """
         blocks: dict[str, list[str]] = defaultdict(list)
         for key, module in targets:
+            if self.config.expert_scope == "block" and _holds_adapters(module):
+                raise TargetModulesError(
+                    f"target block {key!r} has adapted modules inside; adapters in a block and around it cannot be "
+                    "told apart in a checkpoint. Use separate models."
+                )
             self.kinds[self.kind(key, module)].append(key)
             blocks[self.ffn_block(key) or ""].append(key)
         blocks.pop("", None)
@@ -56,10 +63,11 @@ class Placement:
                 "blocks in `ffn_modules` and their linears in `target_modules`."
             )
         for block, keys in blocks.items():
-            if len(keys) < 2:
+            left_out = [name for name in linears if name.startswith(f"{block}.") and name not in keys]
+            if left_out or len(keys) < 2:
                 raise TargetModulesError(
-                    f"of the feed-forward block {block} only {keys[0]} is a target; experts that span a block need "
-                    "its first and its last linears in `target_modules`."
+                    f"of the feed-forward block {block} only {', '.join(keys)} are targets; experts that span a block "
+                    f"need all of its linears in `target_modules`: {', '.join(left_out)}."
                 )
 
     @staticmethod
@@ -120,6 +128,10 @@ class Placement:
         if key not in self.groups:
             self.groups[key] = RoutingGroup(name, once, feature_size, ffn)
         return self.groups[key]
+
+
+def _holds_adapters(block: nn.Module) -> bool:
+    return any(isinstance(inner, MoLoraLayer) for inner in block.modules() if inner is not block)
 
 
 def layers_in_range(depth_range: list[float] | None, num_layers: int | None) -> list[int] | None:

@@ -5,13 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from peft.utils.other import get_pattern_key
 
 from molora.config import MoLoraConfig
 from molora.experts import lora_scale
-from molora.imported import expert_at
+from molora.imported import by_pattern, expert_at
 from molora.routing import RoutingSpec, reads
 
 
@@ -61,9 +58,7 @@ class ModulePlan:
     @property
     def reads(self) -> frozenset[str]:
         """What the weights depend on: `input`, `hidden`, `task`, `scores`, `state`; empty if they are fixed."""
-        of_threshold = {"input"} if self.spec.selection == "adaptive_threshold" else set()
-        of_weights = {"scores"} if self.spec.weights == "blend" or self.spec.score_weight is not None else set()
-        return (reads(self.router) | of_threshold | of_weights) if self.router != "none" else frozenset()
+        return _reads(self.router, self.spec)
 
     @property
     def per_sequence(self) -> bool:
@@ -83,8 +78,8 @@ def plan_module(
         plain: The module gets a plain LoRA of rank `r`, as attention does in MixLoRA.
         kind: Position of the module among those of its kind, and their number.
     """
-    r = _by_pattern(config.rank_pattern, key, config.r)
-    lora_alpha = _by_pattern(config.alpha_pattern, key, config.lora_alpha)
+    r = by_pattern(config.rank_pattern, key, config.r)
+    lora_alpha = by_pattern(config.alpha_pattern, key, config.lora_alpha)
     if plain:
         scale = lora_scale(lora_alpha, r, config.use_rslora)
         return ModulePlan(r, (r,), (scale,), 1, 0, "none", "separate", routing_spec(config, 1))
@@ -109,6 +104,19 @@ def plan_module(
         position=kind[0],
         of_kind=kind[1],
     )
+
+
+def routing_reads(config: MoLoraConfig) -> frozenset[str]:
+    """What the weights of an adapter's mixtures depend on, as `ModulePlan.reads`."""
+    return _reads(config.router, routing_spec(config))
+
+
+def _reads(router: str, spec: RoutingSpec) -> frozenset[str]:
+    if router == "none":
+        return frozenset()
+    of_threshold = {"input"} if spec.selection == "adaptive_threshold" else set()
+    of_weights = {"scores"} if spec.weights == "blend" or spec.score_weight is not None else set()
+    return reads(router) | of_threshold | of_weights
 
 
 def routing_spec(config: MoLoraConfig, num_experts: int | None = None) -> RoutingSpec:
@@ -186,7 +194,3 @@ def _bank(
         tuple(rank for rank, _ in imported) + ranks[known:],
         tuple(scale for _, scale in imported) + scales[known:],
     )
-
-
-def _by_pattern(pattern: dict[str, Any], key: str, default: Any) -> Any:
-    return pattern.get(get_pattern_key(list(pattern), key), default)

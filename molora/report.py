@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +12,13 @@ from peft import PeftModel
 from rich.table import Table
 
 from molora.data import TokenizedTask
+from molora.routing.inputs import routing_inputs, scopes
+from molora.routing.masks import prompt_of_labels
 from molora.routing.record import record_routing, stack_records
 from molora.routing.statistics import RoutingTally, tally
 
 REPORT_FILE = "molora_report.json"
-"""Written beside the adapter: scores before and after training, and the routing of each task."""
+"""Written beside the adapter: the tasks by id, their scores before and after training, and their routing."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +51,12 @@ def routing_by_task(
     Args:
         model: The adapted model; left in the mode it was in.
         tasks: Tokenised held-out rows.
-        collate: Makes a batch of rows.
+        collate: Makes a batch of rows; `task_ids`, `expert_scores` and the prompt by its labels reach the routing.
         rows: Rows of each task to look at.
         batch_size: Rows in a forward pass.
 
     Returns:
-        One entry a task; none if no adapted linear routes by token.
+        One entry a task; none if nothing is routed.
     """
     was_training = model.training
     model.eval()
@@ -83,7 +86,12 @@ def routing_by_task(
 def _tally_batch(model: PeftModel, batch: dict[str, torch.Tensor]) -> RoutingTally | None:
     device = next(model.parameters()).device
     inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
-    with record_routing(model) as records:
+    columns = ("task_ids", "expert_scores")
+    given: dict[str, Any] = {name: batch[name].to(device) for name in columns if name in batch}
+    if "labels" in batch:
+        given["prompt_mask"] = prompt_of_labels(batch["labels"].to(device), inputs["attention_mask"])
+    block = routing_inputs(model, **given) if scopes(model) else nullcontext()
+    with record_routing(model) as records, block:
         model(**inputs, use_cache=False, logits_to_keep=1)
     return tally(stack_records(records))
 

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from molora.config import MoLoraConfig
 from molora.errors import TargetModulesError, did_you_mean
 from molora.routing.masks import reads_decoder
+from molora.routing.routers import reads
 
 
 class NoMatchingTargetError(TargetModulesError, NoMatchingPeftModuleError):
@@ -123,11 +124,39 @@ def check_level(config: MoLoraConfig, model: nn.Module, key: str) -> None:
         return
     if config.router_input == "base":
         raise TargetModulesError("router_input='base' needs a model without a separate decoder.")
+    if reads(config.router) & {"input", "hidden", "state"} and re.search(r"(^|\.)decoder\.", key):
+        crosses = not reads_decoder(key)
+        shared = config.router_sharing == "model" or (config.router_sharing == "block" and crosses)
+        if shared or config.router == "recurrent":
+            field = "router_sharing" if shared else "router"
+            raise TargetModulesError(
+                f"{field}={getattr(config, field)!r} cannot route {key!r}: encoder and decoder read different tokens. "
+                "Adapt one of them, without cross-attention, or choose another."
+            )
     if config.router_level == "sequence" and reads_decoder(key):
         raise TargetModulesError(
             f"router_level='sequence' cannot route {key!r}: a decoder's sequence is not known before it is written. "
             r"Adapt the encoder only, with target_modules such as r'encoder\..*\.(q|v)'."
         )
+
+
+def check_nesting(targets: Iterable[str], blocks: Iterable[str]) -> None:
+    """Refuse targets inside a block that another adapter stands around.
+
+    Args:
+        targets: Names of the modules to be adapted.
+        blocks: Names of the blocks that are.
+
+    Raises:
+        TargetModulesError: Naming the first one.
+    """
+    for block in blocks:
+        inside = next((target for target in targets if target.startswith(f"{block}.")), None)
+        if inside is not None:
+            raise TargetModulesError(
+                f"target module {inside!r} lies inside the adapted block {block!r}; adapters in a block and around it "
+                "cannot be told apart in a checkpoint. Use separate models."
+            )
 
 
 def is_linear(module: nn.Module) -> bool:

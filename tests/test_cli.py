@@ -105,6 +105,8 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
             "got '0'; must be a whole number of at least 1",
         ),
         (["generate", "out", "--prompt", "hi", "--temperature", "hot"], "got 'hot'; must be a number of at least 0"),
+        (["generate", "out", "--prompt", "hi", "--scores", "0.1;2"], "got '0.1;2'; must be numbers with commas"),
+        (["generate", "out", "--prompt", "hi", "--scores", "0.1,inf"], "must be numbers with commas"),
         (["inspect"], "DIR"),
         (["presets", "extra"], "extra"),
     ],
@@ -145,13 +147,23 @@ def test_generate_and_inspect_pass_their_arguments_on(command: Callable[..., dic
         "0.5",
         "--base-model",
         "x",
+        "--task",
+        "sums",
+        "--scores=-0.5,1",
     ]
     assert molora_cli.main(["generate", *words]) == 0
     assert called["args"] == ("out", ["a", "b"])
-    assert called["kwargs"] == {"max_new_tokens": 5, "temperature": 0.5, "base_model": "x"}
+    assert called["kwargs"] == {
+        "max_new_tokens": 5,
+        "temperature": 0.5,
+        "base_model": "x",
+        "task": "sums",
+        "scores": [-0.5, 1.0],
+    }
     called = command("generate")
     assert molora_cli.main(["generate", "out", "--prompt", "a"]) == 0
-    assert called["kwargs"] == {"max_new_tokens": 64, "temperature": 0.0, "base_model": None}
+    nothing = dict.fromkeys(["base_model", "task", "scores"])
+    assert called["kwargs"] == {"max_new_tokens": 64, "temperature": 0.0, **nothing}
     called = command("inspect")
     assert molora_cli.main(["inspect", "out"]) == 0
     assert called["args"] == ("out",)

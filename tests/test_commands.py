@@ -270,3 +270,154 @@ def test_a_folder_without_adapter_is_named(arguments, capsys, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     assert molora_cli.main(arguments) == 2
     assert "nowhere is no folder" in capsys.readouterr().err
+
+
+def _score(tmp_path, number=4, tasks=tuple(WORDS)):
+    """Give the rows of some tasks scores."""
+    for task in tasks:
+        for split in ("train", "test"):
+            file = tmp_path / f"{task}.{split}.jsonl"
+            rows = [json.loads(line) | {"expert_scores": [0.1] * number} for line in file.read_text().splitlines()]
+            file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+NEEDS = {
+    "scores": (None, {"preset": "glider"}, ["run.yaml:2: preset", "reads expert_scores", "4 numbers"]),
+    "scores by a field": (
+        None,
+        {"router": "external", "selection": "dense"},
+        ["run.yaml:", "router: the routing reads expert_scores"],
+    ),
+    "as many scores": (lambda path: _score(path, 3), {"preset": "mor1e"}, ["run.yaml:3: num_experts", "has 3"]),
+    "scores of every row": (
+        lambda path: _score(path, 4, ["colour"]),
+        {"preset": "glider"},
+        ["animal.train.jsonl:1: no `expert_scores`", "colour.train.jsonl:1"],
+    ),
+    "equal layers": (
+        lambda path: _score(path),
+        {"preset": "glider", "num_experts": [2, 4]},
+        ["num_experts: expert_scores need the same number"],
+    ),
+    "tasks": (
+        None,
+        {"preset": "moelora", "num_tasks": 1},
+        ["num_tasks: num_tasks is 1", "2 tasks (colour, animal)", "at least 2"],
+    ),
+    "groups": (
+        None,
+        {"preset": "loramoe", "routing_losses": {"localized_balancing": {"coefficient": 0.1, "groups": 1}}},
+        ["routing_losses: localized_balancing has 1 groups", "its `groups` to 2"],
+    ),
+}
+
+
+@pytest.mark.parametrize("command", ["train", "plan"])
+@pytest.mark.parametrize("need", NEEDS)
+def test_a_routing_that_the_data_does_not_allow_is_refused_early(need, command, run_file, tmp_path, capsys):
+    prepare, changes, fragments = NEEDS[need]
+    if prepare:
+        prepare(tmp_path)
+    # Never reached: the model is loaded later.
+    assert molora_cli.main([command, run_file(**changes), "--model_name_or_path", "no/model"]) == 2
+    said = capsys.readouterr().err
+    assert all(fragment in said for fragment in fragments), said
+
+
+def test_a_loss_between_tasks_is_only_advised_against_for_one(run_file, tmp_path, capsys):
+    one = run_file(preset="loramoe", target_modules=["up_proj"], datasets=[{"path": "colour.train.jsonl"}])
+    for command in ("plan", "train"):
+        assert molora_cli.main([command, one]) == 0
+        assert "'localized_balancing' compares tasks, and the data has only one" in capsys.readouterr().out
+
+
+def test_generate_takes_a_task_by_name_or_id_and_says_which_there_are(run_file, capsys):
+    run = run_file(preset="moelora", num_tasks=3)
+    assert molora_cli.main(["train", run, "--learning_rate", "1"]) == 0
+    assert "--task 'colour'" in capsys.readouterr().out
+    asked = ["generate", "out", "--prompt", "a colour 1", "--max-new-tokens", "8"]
+    answers = {}
+    for name in ("colour", "0", "animal", "1", "2"):
+        assert molora_cli.main([*asked, "--task", name]) == 0
+        answers[name] = capsys.readouterr().out
+    assert answers["colour"] == answers["0"]
+    assert answers["animal"] == answers["1"]
+    assert len(set(answers.values())) > 1
+    for wrong, fragment in ([], "name it"), (["--task", "color"], "'colour'?"), (["--task", "3"], "no task '3'"):
+        assert molora_cli.main([*asked, *wrong]) == 2
+        said = capsys.readouterr().err
+        assert fragment in said
+        assert "Known are 0 colour, 1 animal" in said
+    assert molora_cli.main([*asked, "--task", "0", "--scores", "1,2"]) == 2
+    assert "reads no scores" in capsys.readouterr().err
+    assert molora_cli.main(["inspect", "out"]) == 0
+    assert "of 3: 0 colour, 1 animal" in capsys.readouterr().out
+
+
+def test_scores_reach_training_scoring_and_generation(run_file, tmp_path, capsys):
+    _score(tmp_path)
+    assert molora_cli.main(["train", run_file(preset="glider")]) == 0
+    asked = ["generate", "out", "--prompt", "a", "--max-new-tokens", "2"]
+    assert molora_cli.main([*asked, "--scores=-1,2,0.5,0"]) == 0
+    capsys.readouterr()
+    for wrong, fragment in ([], "none are given"), (["--scores", "1,2"], "got 2"), (["--task", "a"], "reads no task"):
+        assert molora_cli.main([*asked, *wrong]) == 2
+        assert fragment in capsys.readouterr().err
+
+
+SHOWN = {
+    "mixlora": ({}, ["spans a feed-forward block"], ["routers", "experts, A"]),
+    "perft": ({"target_modules": ["mlp"]}, ["blocks; experts stand beside them"], ["routers", "mlp"]),
+    "becotta": (
+        {"target_modules": r".*\.layers\.\d+", "num_tasks": 2},
+        ["blocks; experts read their output", "the id of a task, of 2"],
+        ["layers.*"],
+    ),
+    "mos": ({"r": 4, "pool_rank": 2}, ["shards", "yes, exactly"], ["pools of shards"]),
+    "mola": ({"num_experts": [2, 4]}, ["2, 4 with depth, of rank 8"], []),
+    "mocle": ({"num_tasks": 2}, ["1, weight remainder", "depend on what is given"], []),
+    "adamoe": ({"num_experts": 4}, ["null experts", "5"], []),
+    "mor1e": ({}, ["expert_scores, 32 a row"], ["blends of router and scores"]),
+    "mor1e-pairs": ({"num_experts": 6, "r": [2, 3]}, ["6 from 2 rows of A and 3 columns of B", "pairs"], []),
+    "smora": ({}, [], ["balancing biases"]),
+    "smear": ({}, ["one decision a sequence", "every sequence by itself"], []),
+}
+
+
+@pytest.mark.parametrize("preset", SHOWN)
+def test_inspect_says_what_is_special_about_an_adapter(preset, tmp_path, capsys):
+    from peft import get_peft_model
+
+    from molora import MoLoraConfig
+
+    fields, summary, kinds = SHOWN[preset]
+    config = MoLoraConfig.from_preset(preset, **{"target_modules": "all-linear", **fields})
+    get_peft_model(tiny.tiny_llama(), config).save_pretrained(tmp_path / "adapter")
+    assert molora_cli.main(["inspect", str(tmp_path / "adapter")]) == 0
+    printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for expected in (*summary, *kinds):
+        assert expected in printed, printed
+
+
+def test_imported_experts_are_named(tmp_path, capsys):
+    from peft import LoraConfig, get_peft_model
+
+    from molora.compose import compose
+
+    for index, name in enumerate(("sums", "dates")):
+        config = LoraConfig(r=2 + index, target_modules=["q_proj"], init_lora_weights=False)
+        get_peft_model(tiny.tiny_llama(), config).save_pretrained(tmp_path / name)
+    model = compose(tiny.tiny_llama(), [tmp_path / "sums", tmp_path / "dates"], "psec", num_experts=3, r=5)
+    model.save_pretrained(tmp_path / "mixture")
+    assert molora_cli.main(["inspect", str(tmp_path / "mixture")]) == 0
+    printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for expected in ("2 imported: sums (rank 2), dates (rank 3); 1 new of rank 5", "the first 2", "frozen experts, A"):
+        assert expected in printed, printed
+
+
+def test_plan_counts_adapted_blocks(run_file, capsys):
+    assert molora_cli.main(["plan", run_file(preset="perft", target_modules=["mlp"])]) == 0
+    printed = capsys.readouterr().out
+    assert any(line.split()[1:] == ["mlp", "│", "32", "│", "32", "│", "2", "│"] for line in printed.splitlines()), (
+        printed
+    )

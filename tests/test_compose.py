@@ -16,13 +16,13 @@ import molora_cli
 from molora import MoLoraConfig
 from molora.compose import compose, lorahub
 from molora.compose.bank import diversity, select_experts
-from molora.compose.lora_folder import ImportedLora, read_lora, read_loras
 from molora.compose.lorahub import search_weights, static_routers
 from molora.compose.prototypes import arrow_prototype
 from molora.compose.shots import encode_shots, read_shots, score_candidates, shot_loss
 from molora.data import Example
 from molora.errors import ConfigError, DataError, MoloraError
 from molora.imported import description_mistakes, expert_at
+from molora.imported.folder import ImportedLora, read_lora, read_loras
 
 ATTENTION = "model.layers.{}.self_attn.{}_proj"
 MIXED: list[dict[str, Any]] = [

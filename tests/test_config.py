@@ -63,6 +63,148 @@ IMPOSSIBLE = {
     "pattern without layers": ({"layers_pattern": "h"}, ["layers_pattern", "layers_to_transform"]),
     "newer format": ({"format_version": 2}, ["format 2", "Upgrade molora"]),
 }
+TOP_K = {"selection": "top_k"}
+DENSE = {"selection": "dense", "renormalize": False}
+FFN = {"expert_scope": "ffn"}
+OWN = {"router": "activation", "gate": "sigmoid", "r": 1, **TOP_K}
+IMPOSSIBLE |= {
+    # What a router needs
+    "a task without tasks": ({"router": "task", **TOP_K}, ["num_tasks", "number of tasks"]),
+    "tasks without a reader": ({"num_tasks": 3}, ["num_tasks", "router='task'"]),
+    "a sequence without features": (
+        {"router": "task", "num_tasks": 2, "router_level": "sequence", **TOP_K},
+        ["router_level", "reads the input"],
+    ),
+    "the base without features": (
+        {"router": "task", "num_tasks": 2, "router_input": "base", **TOP_K},
+        ["router_input", "reads the input"],
+    ),
+    "a threshold net of sequences": ({"router_level": "sequence"}, ["router_level", "learned threshold"]),
+    "recurrent over sequences": (
+        {"router": "recurrent", "router_level": "sequence", **TOP_K},
+        ["router_level", "recurrent"],
+    ),
+    "blend of scores with scores": (
+        {"router": "external", "weights": "blend", **TOP_K},
+        ["weights", "router of its own"],
+    ),
+    "scores added to scores": ({"router": "external", "score_weight": 2.0, **TOP_K}, ["score_weight", "no effect"]),
+    "nothing to share": ({**OWN, "router_sharing": "block"}, ["router_sharing", "nothing to share"]),
+    "sharing over unequal numbers": (
+        {"num_experts": [2, 4], "router_sharing": "model", **TOP_K},
+        ["router_sharing", "same num_experts"],
+    ),
+    "own activation, higher rank": ({**OWN, "r": 2}, ["r:", "set r=1"]),
+    "own activation, higher rank somewhere": ({**OWN, "rank_pattern": {"q_proj": 2}}, ["r:", "everywhere"]),
+    "own activation, null experts": ({**OWN, "null_experts": 1}, ["null_experts", "leave them out"]),
+    "own activation, shared experts": ({**OWN, "shared_experts": 1}, ["shared_experts", "leave them out"]),
+    "own activation, one A": ({**OWN, "expert_layout": "shared_A"}, ["expert_layout", "rows of A for each expert"]),
+    "activation norm, one A": (
+        {"router": "activation_norm", "expert_layout": "shared_A", **TOP_K},
+        ["expert_layout", "rows of A for each expert"],
+    ),
+    # What a selection needs
+    "top-1 of magnitude renormalised": ({"selection": "top_k_magnitude", "top_k": 1}, ["renormalize", "no gradient"]),
+    "one group renormalised": ({"selection": "grouped_top_1", "expert_groups": 1}, ["renormalize", "no gradient"]),
+    "softmax over one": (
+        {**TOP_K, "top_k": 1, "weights": "selected_softmax", "renormalize": False},
+        ["weights", "no gradient"],
+    ),
+    "one expert and null ones": (
+        {**TOP_K, "num_experts": 1, "null_experts": 3},
+        ["num_experts", "routing over one expert"],
+    ),
+    "groups that do not divide": (
+        {"selection": "grouped_top_1", "expert_groups": 3, "renormalize": False},
+        ["expert_groups", "do not divide 8"],
+    ),
+    "capacity without a number": ({**DENSE, "capacity_factor": 1.0}, ["capacity_factor", "selection='top_k'"]),
+    "a bias that ranks nothing": ({**DENSE, "balance_bias_rate": 0.1}, ["balance_bias_rate", "no effect"]),
+    "a bias of no decision": (
+        {"router": "static", **TOP_K, "balance_bias_rate": 0.1},
+        ["balance_bias_rate", "router='static'"],
+    ),
+    "a bias that is not there": ({**TOP_K, "weights": "biased_probability"}, ["weights", "balance_bias_rate"]),
+    "null experts, all kept": ({**DENSE, "null_experts": 1}, ["null_experts", "keeps all experts"]),
+    "shares of any sign": ({**TOP_K, "gate": "identity"}, ["renormalize", "any sign"]),
+    "top-p of any sign": ({"selection": "top_p", "gate": "identity", "renormalize": False}, ["selection", "any sign"]),
+    "sparsemixer renormalised": ({"selection": "sparsemixer", "router_jitter": 0.1}, ["renormalize", "estimates"]),
+    "sparsemixer without reach": (
+        {"selection": "sparsemixer", "renormalize": False},
+        ["router_jitter", "without a gradient"],
+    ),
+    "what sparsemixer does not read": (
+        {
+            **{"selection": "sparsemixer", "renormalize": False, "router_jitter": 0.1, "gate": "sigmoid"},
+            **{"temperature": 2.0, "capacity_factor": 1.0, "expert_dropout": 0.1, "min_logit": 0.0, "weights": "one"},
+        },
+        [f"{name}: " for name in ("gate", "temperature", "capacity_factor", "expert_dropout", "min_logit", "weights")],
+    ),
+    "a threshold without gradient": ({"weights": "probability"}, ["weights", "no gradient"]),
+    "a router without gradient": ({**TOP_K, "weights": "one"}, ["weights", "no gradient"]),
+    "a relu that starts dead": ({**TOP_K, "gate": "relu", "router_init": "zeros"}, ["router_init", "no slope"]),
+    "a constant relu that starts dead": (
+        {"router": "static", "selection": "dense", "gate": "relu"},
+        ["router_init", "'ones'"],
+    ),
+    "a remainder of nothing": (
+        {**TOP_K, "shared_experts": 1, "shared_weight": "remainder"},
+        ["shared_weight", "always nothing"],
+    ),
+    "a remainder of all": (
+        {**DENSE, "shared_experts": 1, "shared_weight": "remainder"},
+        ["shared_weight", "always nothing"],
+    ),
+    "a remainder for nobody": ({"shared_weight": "remainder", **TOP_K}, ["shared_weight", "without `shared_experts`"]),
+    # Layouts and scopes
+    "splits of a constant": (
+        {**DENSE, "router": "static", "num_splits": 2, "expert_layout": "factors"},
+        ["num_splits", "router='table'"],
+    ),
+    "splits of no factors": ({"num_splits": 2}, ["num_splits", "expert_layout='factors'"]),
+    "factors by token": ({**TOP_K, "expert_layout": "factors"}, ["expert_layout", "once per sequence"]),
+    "frozen experts of one A": ({"frozen_experts": 2, "expert_layout": "shared_A"}, ["frozen_experts", "to freeze"]),
+    "more frozen than there are": ({"frozen_experts": 9}, ["frozen_experts", "9 of 8"]),
+    "pairs that are none": ({"expert_layout": "pairs"}, ["num_experts", r"r[0] · r[1]"]),
+    "shards with a router": ({"expert_layout": "shards"}, ["expert_layout", "without router"]),
+    "a threshold of blocks": ({**FFN}, ["selection", "without its feed-forward block"]),
+    "a capacity of blocks": ({**FFN, **TOP_K, "capacity_factor": 1.0}, ["capacity_factor", "feed-forward block"]),
+    "a relu of blocks": ({**FFN, **TOP_K, "gate": "relu"}, ["gate", "feed-forward block"]),
+    "null blocks": ({**FFN, **TOP_K, "null_experts": 1}, ["null_experts", "feed-forward block"]),
+    "unequal ranks of blocks": ({**FFN, **TOP_K, "r": [2] * 8}, ["r:", "plain LoRAs outside"]),
+    "blocks of every linear": (
+        {"expert_scope": "block", "target_modules": "all-linear"},
+        ["target_modules", "names no blocks"],
+    ),
+}
+
+IDLE = {
+    "router_bias": {"router": "mlp", "router_bias": True, **TOP_K},
+    "router_dim": {"router_dim": 8},
+    "router_jitter": {"router": "task", "num_tasks": 2, "router_jitter": 0.1, **TOP_K},
+    "router_init": {"router": "static", "router_init": "normal", "selection": "dense"},
+    "router_init_range": {"router_init_range": 0.1},
+    "init_A_range": {"init_A_range": 0.1},
+    "blend_coefficients": {"blend_coefficients": [2.0, 1.0]},
+    "pool_rank": {"pool_rank": 2},
+    "freeze_A": {"expert_layout": "shards", "router": "none", "num_experts": 1, "freeze_A": True, **DENSE},
+    "expert_bias": {"expert_layout": "shards", "router": "none", "num_experts": 1, "expert_bias": True, **DENSE},
+    "temperature": {"router": "none", "num_experts": 1, "temperature": 2.0, **DENSE},
+    "score_weight": {"router": "none", "num_experts": 1, "score_weight": 2.0, **DENSE},
+    "weights": {"router": "none", "num_experts": 1, "weights": "blend", **DENSE},
+    "routing_schedules": {"routing_schedules": {"top_k": {"start": 4, "end": 2}}, **DENSE},
+}
+
+
+@pytest.mark.parametrize("field", IDLE)
+def test_a_field_that_nothing_reads_is_no_silent_wish(field):
+    with pytest.raises(ConfigError, match=rf"{field}: .*has no effect with"):
+        MoLoraConfig(**IDLE[field])
+
+
+def test_a_schedule_goes_no_further_than_there_are_experts():
+    with pytest.raises(ConfigError, match="goes beyond 8 experts"):
+        MoLoraConfig(selection="top_k", routing_schedules={"top_k": {"start": 9, "end": 2}})
 
 
 @pytest.mark.parametrize("case", IMPOSSIBLE)

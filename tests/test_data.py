@@ -443,6 +443,44 @@ def test_task_ids_travel_with_the_batch_when_every_row_has_one():
     assert "task_ids" not in TaskCollator(0)([row | {"task_ids": 4}, row])
 
 
+SCORED = {"messages": [USER, ANSWER, USER, ANSWER], "expert_scores": [1, -0.5]}
+
+
+def test_expert_scores_travel_from_the_row_to_the_batch(write):
+    [task] = load_tasks([Spec(write("a.jsonl", [SCORED, SCORED | {"expert_scores": [0.25, 2]}]))], 0)
+    assert [example.expert_scores for example in task.train] == [(1.0, -0.5)] * 2 + [(0.25, 2.0)] * 2
+    [tokenized] = tokenize_tasks([task], tiny_tokenizer(), None)
+    batch = TaskCollator(0)(list(tokenized.dataset))
+    wanted = torch.tensor([[1, -0.5], [1, -0.5], [0.25, 2], [0.25, 2]])
+    assert torch.equal(batch["expert_scores"], wanted)
+    assert (
+        "expert_scores"
+        not in tokenize_tasks([TaskData("t", 1, [Example("a", "b", "t")], [])], tiny_tokenizer(), 9)[
+            0
+        ].dataset.column_names
+    )
+
+
+@pytest.mark.parametrize(
+    ("other", "fragment"),
+    [
+        ({"messages": [USER, ANSWER]}, "b.jsonl:1: no `expert_scores`, though "),
+        (SCORED | {"expert_scores": [1.0, 2.0, 3.0]}, "b.jsonl:1: 3 `expert_scores`, though "),
+        (SCORED | {"expert_scores": "1 2"}, "b.jsonl:1: `expert_scores` must be a list of numbers"),
+        (SCORED | {"expert_scores": []}, "b.jsonl:1: `expert_scores` must be a list of numbers"),
+        (SCORED | {"expert_scores": [1.0, None]}, "b.jsonl:1: `expert_scores` must be a list of numbers"),
+        (SCORED | {"expert_scores": [1.0, float("nan")]}, "b.jsonl:1: `expert_scores` must be a list of numbers"),
+    ],
+)
+@pytest.mark.parametrize("held_out", [True, False])
+def test_all_rows_of_a_run_have_as_many_scores_or_none(other, fragment, held_out, write):
+    first, second = write("a.jsonl", [SCORED]), write("b.jsonl", [other])
+    specs = [Spec(first, eval_path=second, task="t")] if held_out else [Spec(first), Spec(second)]
+    with pytest.raises(DataError) as error:
+        load_tasks(specs, 0)
+    assert fragment in str(error.value)
+
+
 # Shipped examples
 
 

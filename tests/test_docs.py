@@ -1,4 +1,4 @@
-"""What is written is true: the README's example runs, shipped run files load, public names are explained."""
+"""What is written is true: examples run, every tensor and option is described, run files load, names are explained."""
 
 from __future__ import annotations
 
@@ -8,14 +8,29 @@ import subprocess
 import sys
 from pathlib import Path
 
+import list_parameters
 import pytest
+import tiny
+from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
 
 import molora
 import molora.trainers
+import molora_cli.arguments
+from molora import MoLoraConfig, available_presets
+from molora.bank import MoLoraLayer
+from molora.config_checks import NAMES
+from molora.losses import LOSSES
+from molora.routing.inputs import RoutingInputs
+from molora.routing.schedules import SCHEDULED
 from molora.runfile import load_run_file
 
 ROOT = Path(__file__).parent.parent
-EXAMPLE = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)[1]
+README, METHODS, FORMAT = (
+    (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/methods.md", "docs/checkpoint_format.md")
+)
+EXAMPLE = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+EXAMPLES = re.findall(r"```python\n(.*?)```", METHODS, re.DOTALL)
 
 
 def test_the_readmes_example_is_the_one_in_examples():
@@ -28,6 +43,76 @@ def test_the_readmes_example_runs_as_printed(tmp_path):
     assert result.returncode == 0, result.stderr[-2000:]
     assert result.stdout.strip().endswith("adaptive_threshold")
     assert (tmp_path / "runs/example/adapter_model.safetensors").is_file()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("number", range(len(EXAMPLES)))
+def test_the_examples_of_methods_run_as_printed(number, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if "loras/" in EXAMPLES[number]:
+        for name in ("sums", "dates"):
+            lora = get_peft_model(tiny.tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"]))
+            lora.save_pretrained(f"loras/{name}")
+    tokenizer = tiny.tiny_tokenizer()
+    input_ids = tokenizer(["one", "two", "six"], return_tensors="pt").input_ids
+    exec(EXAMPLES[number], {"model": tiny.tiny_llama(), "tokenizer": tokenizer, "input_ids": input_ids})
+
+
+def test_the_commands_that_are_printed_are_commands():
+    lines = [line.split("#")[0].split() for line in METHODS.splitlines() if line.startswith("molora ")]
+    assert lines
+    for _, *words in lines:
+        molora_cli.arguments.parse(words)
+    for name in molora_cli.arguments._build()[1]:
+        assert re.search(rf"^molora ([a-z| ]+\| )?{name}\b", README, re.MULTILINE), name
+
+
+def test_every_preset_is_in_the_readme():
+    assert not [name for name in available_presets() if f"`{name}`" not in README]
+
+
+@pytest.mark.parametrize("field", sorted(NAMES))
+def test_every_option_is_in_methods(field):
+    missing = [name for name in NAMES[field] if f"`{name}`" not in METHODS]
+    # How things are drawn is explained by `molora schema`.
+    assert not missing or field in ("router_init", "bias"), missing
+
+
+def test_every_loss_input_and_schedule_is_in_methods():
+    for name in (*LOSSES, *RoutingInputs.__dataclass_fields__, *SCHEDULED):
+        assert f"`{name}`" in METHODS, name
+    for loss in LOSSES.values():
+        assert all(f"`{option}`" in METHODS for option in loss.options)
+    for name in LOSSES:
+        assert f"`{name}`" in README, name
+
+
+def test_methods_says_which_presets_merge():
+    sentence = re.search(r"says so\. ([^.]*) merge\s+exactly", METHODS)[1]
+    configs = {name: MoLoraConfig.from_preset(name) for name in available_presets()}
+    assert set(re.findall(r"`(.*?)`", sentence)) == {name for name, config in configs.items() if not config.is_routed}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_list_of_tensors_is_that_of_real_adapters():
+    written = FORMAT.partition(list_parameters.BEGIN)[2].partition(list_parameters.END)[0]
+    assert written.strip() == list_parameters.generated().strip(), "run `python tests/list_parameters.py --write`"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("preset", available_presets())
+def test_a_presets_file_holds_exactly_the_tensors_of_its_table(preset, tmp_path):
+    section = re.search(rf"^### `{preset}`\n(.*?)(?=^### |<!--)", FORMAT, re.DOTALL | re.MULTILINE)[1]
+    tables = section.split("Composed of trained LoRAs")
+    assert len(tables) == 1 + (preset in list_parameters.COMPOSED)
+    for composed, table in enumerate(tables):
+        model = list_parameters.build(preset, bool(composed))
+        model.save_pretrained(tmp_path / str(composed))
+        modules = [name for name, module in model.named_modules() if isinstance(module, MoLoraLayer)]
+        with safe_open(tmp_path / str(composed) / "adapter_model.safetensors", "pt") as file:
+            held = {re.sub(r"^base_model\.model\..*?\.(?=molora_)", "", key) for key in file.keys()}  # noqa: SIM118
+            assert all(key.partition(".molora_")[0] in modules for key in file.keys())  # noqa: SIM118
+        assert set(re.findall(r"^\| `(\w+\.\w+)`", table, re.MULTILINE)) == held
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.stem)

@@ -3,16 +3,19 @@
 import io
 import math
 
+import methods
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from tiny import tiny_gpt2, tiny_llama, tiny_qwen2, tiny_t5, tiny_tokenizer
 
-from molora.data import Example, TaskData, encode, encode_parts
+from molora.data import Example, TaskCollator, TaskData, encode, encode_parts, tokenize_tasks
 from molora.errors import MoloraError
 from molora.evaluation import TaskScore, score_table, score_tasks, token_f1
 from molora.likelihood import Prompted, log_likelihoods
+from molora.report import routing_by_task
+from molora.routing.inputs import routing_inputs
 
 MODELS = [tiny_llama, tiny_qwen2, tiny_gpt2]
 TOKENIZER = tiny_tokenizer()
@@ -168,3 +171,90 @@ def test_the_table_shows_both_scores_and_the_change():
     assert ["a", "accuracy", "60", "0.500", "0.750", "+0.250"] in lines
     assert ["b", "perplexity", "9", "20.000", "12.500", "-7.500"] in lines
     assert ["c", "f", "2", "-", "1.000", "-"] in lines
+
+
+ROUTED = {
+    "a task": ("moelora", {}),
+    "a task and the token": ("becotta", {"target_modules": r".*\.layers\.\d+"}),
+    "a task and splits": ("polytropon-mhr", {}),
+    "scores": ("mor1e", {}),
+    "scores and the token": ("glider", {"top_k": 2}),
+    "the sequence": ("smear", {}),
+    "the base model": ("x-lora", {}),
+    "nothing": ("static", {}),
+}
+"""What routing reads, and a preset that does."""
+
+
+def routed_rows(model):
+    """Prompts with unequal numbers of completions, with scores if the model reads them."""
+    reads = frozenset().union(*(layer.molora_plan["default"].reads for layer in methods.layers_of(model).values()))
+    experts = next(iter(methods.layers_of(model).values())).molora_plan["default"].num_experts
+    shapes = [([5, 6, 7, 8, 9], [[10, 11, 3], [12, 3]]), ([20], [[3, 4]]), ([30, 31], [[40, 41, 42], [43, 3], [44]])]
+    for prompt, completions in shapes:
+        scores = tuple(torch.randn(experts).tolist()) if "scores" in reads else ()
+        yield Prompted(prompt, completions, scores), "task" in reads
+
+
+@torch.no_grad()
+def routed_one_at_a_time(model, row, completion, task_id):
+    """The completion's log-probability over one uncached sequence whose prompt is marked."""
+    ids = torch.tensor([row.prompt + completion])
+    given = {"prompt_mask": torch.arange(ids.shape[1])[None] < len(row.prompt)}
+    if row.expert_scores:
+        given["expert_scores"] = torch.tensor([row.expert_scores])
+    if task_id is not None:
+        given["task_ids"] = torch.tensor([task_id])
+    with routing_inputs(model, **given):
+        log_probs = model(input_ids=ids).logits[0].float().log_softmax(-1)
+    return sum(log_probs[len(row.prompt) - 1 + i, token].item() for i, token in enumerate(completion))
+
+
+@pytest.mark.parametrize("reads", ROUTED)
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_routed_likelihoods_equal_those_of_single_sequences(reads, batch_size):
+    preset, fields = ROUTED[reads]
+    model = methods.build(preset, **fields)
+    rows = list(routed_rows(model))
+    task_id = 2 if rows[0][1] else None
+    with torch.no_grad():
+        found = log_likelihoods(model, 0, [row for row, _ in rows], batch_size, lambda _: None, task_id)
+    for (row, _), values in zip(rows, found, strict=True):
+        wanted = [routed_one_at_a_time(model, row, completion, task_id) for completion in row.completions]
+        assert values == pytest.approx(wanted, abs=1e-4)
+
+
+@pytest.mark.parametrize("reads", ROUTED)
+def test_routed_answers_do_not_depend_on_the_batch(reads):
+    preset, fields = ROUTED[reads]
+    model = methods.build(preset, **fields)
+    examples = []
+    for text, (row, _) in zip(("a", "a longer one", "Zz?"), routed_rows(model), strict=True):
+        ids = torch.tensor([encode_parts(chat(text, ""), TOKENIZER)[0]])
+        given = {"expert_scores": torch.tensor([row.expert_scores])} if row.expert_scores else {}
+        given |= {"task_ids": torch.tensor([1])} if "task" in reads else {}
+        output = model.generate(input_ids=ids, max_new_tokens=5, do_sample=False, **given)
+        answer = TOKENIZER.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+        examples.append(chat(text, answer, expert_scores=row.expert_scores))
+    found = score_tasks(model, TOKENIZER, [task(), task(*examples)], max_new_tokens=5, progress=False)
+    assert {score.metric: score.value for score in found} == {"exact_match": 1.0, "token_f1": 1.0}
+
+
+def test_before_training_scoring_needs_no_task():
+    model = methods.build("moelora")
+    with model.disable_adapter():
+        plain = score_tasks(model, TOKENIZER, [task(chat("q", "a", choices=("a", "b"), label=0))], progress=False)
+    assert plain[0].count == 1
+
+
+@pytest.mark.parametrize("reads", ["a task", "scores", "the sequence"])
+def test_the_routing_of_each_task_is_that_of_its_rows(reads):
+    model = methods.build(ROUTED[reads][0])
+    scored = [row.expert_scores for row, _ in routed_rows(model)]
+    rows = [chat(f"q{i}", "a longer answer", expert_scores=s) for i, s in enumerate(scored)]
+    tasks = [TaskData(name, 1.0, rows, rows) for name in ("one", "two")]
+    tokenized = tokenize_tasks(tasks, TOKENIZER, None)
+    found = routing_by_task(model, tokenized, TaskCollator(0), batch_size=2)
+    assert [entry.task for entry in found] == ["one", "two"]
+    # The same rows under two tasks: only a task's own router can tell them apart.
+    assert (found[0].metrics == found[1].metrics) == (reads != "a task")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import reference
 import torch
@@ -11,7 +9,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from molora import MergeError, MoLoraConfig
-from molora.kernels import gated_lora
+from molora.experts import RankMap
+from molora.kernels import separate
 from molora.layer import MoLoraLinear
 from molora.plan import plan_module
 
@@ -184,13 +183,19 @@ def test_merging_a_routed_mixture_says_why_not_and_what_to_do():
         layer.merge()
 
 
-@pytest.mark.parametrize("gate", ["number", "vector", "per token"])
-def test_packed_product_equals_the_sum_over_ranks(gate):
-    x, a, b = torch.randn(6, 11), torch.randn(5, 11), torch.randn(7, 5)
-    rank_gate = {"number": 2.0, "vector": torch.randn(5), "per token": torch.randn(6, 5)}[gate]
-    spread = torch.as_tensor(rank_gate).expand(6, 5)
-    expected = sum(spread[:, [i]] * torch.outer(x @ a[i], b[:, i]) for i in range(5))
-    product = gated_lora(x, partial(torch.nn.functional.linear, weight=a), lambda h: h @ b.T, rank_gate)
+@pytest.mark.parametrize("ranks", [(1, 1, 1, 1, 1), (2, 2), (1, 4), (5, 0)])
+@pytest.mark.parametrize("weights", ["one each", "fixed", "per token"])
+def test_packed_product_equals_the_sum_over_experts(ranks, weights):
+    scales = [0.5 + expert for expert in range(len(ranks))]
+    a, b = torch.randn(sum(ranks), 11), torch.randn(7, sum(ranks))
+    given = {"one each": None, "fixed": torch.randn(len(ranks)), "per token": torch.randn(6, len(ranks))}[weights]
+    spread = torch.ones(6, len(ranks)) if given is None else given.expand(6, -1)
+    x, expected, start = torch.randn(6, 11), torch.zeros(6, 7), 0
+    for expert, rank in enumerate(ranks):
+        block = slice(start, start + rank)
+        expected += spread[:, [expert]] * scales[expert] * (x @ a[block].T @ b[:, block].T)
+        start += rank
+    product = separate(x @ a.T, given, RankMap(ranks, scales), None) @ b.T
     torch.testing.assert_close(product, expected, rtol=1e-5, atol=1e-5)
 
 

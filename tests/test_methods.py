@@ -10,10 +10,10 @@ import methods
 import pytest
 import torch
 from methods import SETTINGS, build, hyper_of, inputs_of, layers_of, state_of, tokens, watched
-from peft import PeftModel
+from peft import PeftModel, save_as_lora
 from references import REFERENCES
 
-from molora import MoloraError, available_presets
+from molora import MergeError, MoloraError, available_presets
 from molora.routing.inputs import RoutingCall, RoutingInputs
 
 METHODS = sorted(SETTINGS)
@@ -59,6 +59,19 @@ def test_the_output_is_the_papers_equation(preset):
         torch.testing.assert_close(notes.y, expected, rtol=1e-9, atol=1e-11)
         base = notes.base[0] if isinstance(notes.base, tuple) else notes.base
         assert not torch.equal(notes.y, base) or preset in ("adamoe", "mora-cl")
+
+
+@pytest.mark.parametrize("kind", methods.MOE_MODELS)
+def test_experts_beside_a_base_models_own_mixture(kind):
+    model = build("perft", kind).double()
+    with watched(model) as seen, torch.no_grad():
+        model(input_ids=tokens())
+    for name, layer in layers_of(model).items():
+        hyper = hyper_of(model.peft_config["default"], layer.molora_plan["default"])
+        base = seen[name].base
+        expected = REFERENCES["perft"](state_of(layer), seen[name].x, lambda x, base=base: base, hyper, {})
+        torch.testing.assert_close(seen[name].y, expected, rtol=1e-9, atol=1e-11)
+    assert len(seen) == 2
 
 
 @pytest.mark.parametrize("preset", IN_BLOCKS)
@@ -144,7 +157,7 @@ def test_all_adapters_reload_in_one_new_process(tmp_path):
     script = f"""
 import sys; sys.path.insert(0, {str(methods.__file__).removesuffix("methods.py")!r})
 import torch, molora, methods
-from peft import PeftModel
+from peft import PeftModel, save_as_lora
 torch.set_num_threads(1)
 for preset, (given, logits) in torch.load({str(tmp_path / "expected.pt")!r}).items():
     model = PeftModel.from_pretrained(methods.base_model(preset), {str(tmp_path)!r} + "/" + preset).eval()
@@ -255,3 +268,30 @@ def test_what_routing_needs_and_was_not_given_is_named(preset):
         model(input_ids=tokens())
     with pytest.raises(MoloraError, match=rf"{what} has 2 rows and the batch 3"):
         model(input_ids=tokens(), **{what: inputs_of(model)[what][:2]})
+
+
+FIXED = ["lora", "lorahub", "mos", "psec", "selma", "static"]
+"""Methods whose weights depend on nothing that is passed in."""
+
+
+@pytest.mark.parametrize("preset", FIXED)
+def test_fixed_mixtures_merge_and_become_a_plain_lora_exactly(preset, tmp_path):
+    model = build(preset)
+    with torch.no_grad():
+        expected = model(input_ids=tokens()).logits
+    rank = max(sum(layer.molora_plan["default"].ranks) for layer in layers_of(model).values())
+    save_as_lora(tmp_path, model, rank=rank)
+    lora = PeftModel.from_pretrained(methods.base_model(preset), tmp_path).eval()
+    merged = model.merge_and_unload(safe_merge=True)
+    with torch.no_grad():
+        torch.testing.assert_close(lora(input_ids=tokens()).logits, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(merged(input_ids=tokens()).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("preset", [name for name in METHODS if name not in FIXED])
+def test_anything_else_refuses_to_merge(preset):
+    model = build(preset)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(MergeError, match="no single weight reproduces it"):
+        model.merge_and_unload()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -123,14 +123,17 @@ def test_gradient_checkpointing_changes_no_gradient_and_counts_nothing_twice(kin
     assert_same(plain, again, rtol=1e-5, atol=1e-7)
 
 
-def test_reentrant_checkpointing_is_refused_because_it_would_lose_the_routing_loss(tmp_path):
+@pytest.mark.parametrize("what", ["routing_losses", "balance_bias_rate"])
+def test_reentrant_checkpointing_is_refused_because_it_would_lose_what_routing_learns_from(what, tmp_path):
+    fields = {"routing_losses": {"load_balancing": 0.01} if what == "routing_losses" else {}}
     trainer = trainer_for(
         "transformers",
         tmp_path,
+        adapted(**fields, balance_bias_rate=0.01 if what == "balance_bias_rate" else None),
         gradient_checkpointing=True,
         gradient_checkpointing_kwargs={"use_reentrant": True},
     )
-    with pytest.raises(RuntimeError, match="use_reentrant"):
+    with pytest.raises(RuntimeError, match=f"{what} of adapter.*use_reentrant"):
         trainer.train()
 
 

@@ -82,18 +82,20 @@ class RoutingLossMixin:
         for adapter in trained_adapters(self.model):
             config = self.model.peft_config[adapter]
             losses = getattr(config, "routing_losses", {})
+            balances = getattr(config, "balance_bias_rate", None) is not None
             if adapter in by_adapter:
                 stacks = stack_records(by_adapter[adapter])
                 value, values = total_loss(stacks, losses, self.task_ids)
                 total = total + value
                 self._remember(self._log_name(adapter, by_adapter), tally(stacks), values)
-                if getattr(config, "balance_bias_rate", None) is not None:
+                if balances:
                     self._balance.count(adapter, stacks)
-            elif losses:
+            elif losses or balances:
+                what = "routing_losses" if losses else "balance_bias_rate"
                 raise RuntimeError(
-                    f"routing_losses of adapter {adapter!r} found no routing decision that carries a gradient. With "
-                    'gradient checkpointing set gradient_checkpointing_kwargs={"use_reentrant": False}; otherwise the '
-                    "loss was computed without calling the adapted model."
+                    f"{what} of adapter {adapter!r} found no routing decision that carries a gradient. With gradient "
+                    'checkpointing set gradient_checkpointing_kwargs={"use_reentrant": False}; otherwise the loss was '
+                    "computed without calling the adapted model."
                 )
         return total
 

@@ -11,11 +11,13 @@ from rich.console import Console
 from rich.table import Table
 
 from molora.adapters import read_adapter_config, read_adapter_tensors
-from molora.commands.parameters import count_by_kind
+from molora.commands.needs import known_tasks, reads_scores, reads_tasks, scores_per_row
+from molora.commands.parameters import count_by_kind, module_kind
 from molora.config import MoLoraConfig
 from molora.evaluation import TaskScore, score_table
 from molora.plan import routing_spec
 from molora.report import REPORT_FILE, TaskRouting, routing_table
+from molora.routing import reads
 
 
 def run(directory: str) -> int:
@@ -27,18 +29,20 @@ def run(directory: str) -> int:
     config = read_adapter_config(directory)
     tensors = read_adapter_tensors(directory)
     console = Console()
-    console.print(_summary(config))
+    console.print(_summary(config, known_tasks(directory)))
     console.print(_by_module(list(tensors)))
     parameters = Table("parameters", "number", title="Parameters by kind", title_justify="left")
-    for kind, number in count_by_kind(tensors.items()).items():
+    # The indices of shards are tensors, but no parameters.
+    counts = count_by_kind((name, tensor) for name, tensor in tensors.items() if tensor.is_floating_point())
+    for kind, number in counts.items():
         parameters.add_row(kind, f"{number:,}")
-    parameters.add_row("all", f"{sum(tensor.numel() for tensor in tensors.values()):,}", style="bold")
+    parameters.add_row("all", f"{sum(counts.values()):,}", style="bold")
     console.print(parameters)
     _print_report(console, Path(directory) / REPORT_FILE)
     return 0
 
 
-def _summary(config: MoLoraConfig) -> Table:
+def _summary(config: MoLoraConfig, tasks: list[str]) -> Table:
     spec = routing_spec(config)
     limit = {
         "top_k": f" (k = {spec.top_k})",
@@ -49,25 +53,89 @@ def _summary(config: MoLoraConfig) -> Table:
     table = Table(show_header=False, title="Adapter", title_justify="left")
     for name, value in {
         "base model": config.base_model_name_or_path or "not named",
-        "experts": f"{config.num_experts} of rank {config.r}, alpha {config.lora_alpha:g}",
-        "router": config.router,
+        "experts": _experts(config),
+        "shared experts": f"{config.shared_experts}, weight {config.shared_weight}" if config.shared_experts else "",
+        "null experts": str(config.null_experts or ""),
+        "frozen experts": f"the first {config.frozen_experts}" if config.frozen_experts else "",
+        "layout": config.expert_layout if config.expert_layout != "separate" else "",
+        "scope": _SCOPES[config.expert_scope, config.adapter_position],
+        "router": _router(config),
+        "needs": _needs(config, tasks),
         "gate": f"{spec.gate}, temperature {spec.temperature:g}",
         "selection": spec.selection + limit,
         "weights": spec.weights + (", renormalised" if spec.renormalize else ""),
-        "can be merged": "no, it routes every token by itself" if config.is_routed else "yes, exactly",
+        "can be merged": _merging(config),
         "format": str(config.format_version),
     }.items():
-        table.add_row(name, value)
+        if value:
+            table.add_row(name, value)
     return table
+
+
+_SCOPES = {
+    ("linear", "parallel"): "",
+    ("linear", "after"): "linears; experts read their output",
+    ("ffn", "parallel"): "an expert spans a feed-forward block; other linears have a plain LoRA",
+    ("block", "parallel"): "blocks; experts stand beside them",
+    ("block", "after"): "blocks; experts read their output",
+}
+"""By scope and position; nothing is said of what is usual."""
+
+
+def _experts(config: MoLoraConfig) -> str:
+    number = config.num_experts
+    many = str(number) if isinstance(number, int) else f"{', '.join(map(str, number))} with depth,"
+    if config.expert_layout == "pairs" and isinstance(config.r, list):
+        size = f"from {config.r[0]} rows of A and {config.r[1]} columns of B"
+    else:
+        size = f"of rank {config.r if isinstance(config.r, int) else ', '.join(map(str, config.r))}"
+    size += f", alpha {config.lora_alpha:g}"
+    if not config.imported_experts:
+        return f"{many} {size}"
+    names = ", ".join(f"{expert['name']} (rank {expert['r']})" for expert in config.imported_experts)
+    further = sum([number] if isinstance(number, int) else number) - len(config.imported_experts)
+    return f"{len(config.imported_experts)} imported: {names}" + (f"; {further} new {size}" if further > 0 else "")
+
+
+def _router(config: MoLoraConfig) -> str:
+    notes = {
+        "one decision a sequence": config.router_level == "sequence",
+        "reads the base model's features": config.router_input == "base",
+        f"sharing: {config.router_sharing}": config.router_sharing != "none",
+        "frozen": config.freeze_router,
+    }
+    return ", ".join([config.router, *(note for note, holds in notes.items() if holds)])
+
+
+def _needs(config: MoLoraConfig, tasks: list[str]) -> str:
+    """What must be given in a call."""
+    needs = []
+    if reads_tasks(config):
+        names = ": " + ", ".join(f"{index} {name}" for index, name in enumerate(tasks)) if tasks else ""
+        needs.append(f"the id of a task, of {config.num_tasks}{names}")
+    if reads_scores(config):
+        needs.append(f"expert_scores, {' or '.join(map(str, scores_per_row(config)))} a row")
+    return "; ".join(needs)
+
+
+def _merging(config: MoLoraConfig) -> str:
+    inputs = reads(config.router)
+    if inputs & {"input", "hidden", "state"}:
+        return f"no, it routes every {config.router_level} by itself"
+    if inputs:
+        return "no, its weights depend on what is given"
+    if config.expert_scope == "block" or config.has_nonlinear_experts:
+        return "no, its experts are no part of a linear"
+    return "no, it routes every token by itself" if config.is_routed else "yes, exactly"
 
 
 def _by_module(names: list[str]) -> Table:
     layers = defaultdict(set)
     for name in names:
-        match = re.match(r"base_model\.model\.(.*)\.molora_A", name)
+        match = re.match(r"(base_model\.model\..*)\.molora_(frozen_)?A\.", name)
         if match:
-            layers[match[1].rsplit(".", 1)[-1]].add(match[1])
-    table = Table("module", "adapted linears", title="Where", title_justify="left")
+            layers[module_kind(match[1])].add(match[1])
+    table = Table("module", "adapted", title="Where", title_justify="left")
     for ending, found in sorted(layers.items()):
         table.add_row(ending, str(len(found)))
     return table

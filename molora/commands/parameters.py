@@ -8,7 +8,20 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-KINDS = {"A": "experts, A", "B": "experts, B", "router": "routers", "threshold": "threshold nets"}
+_PREFIX = "base_model.model."
+
+KINDS = {
+    "A": "experts, A",
+    "B": "experts, B",
+    "frozen_A": "frozen experts, A",
+    "frozen_B": "frozen experts, B",
+    "pool": "pools of shards",
+    "router": "routers",
+    "threshold": "threshold nets",
+    "blend": "blends of router and scores",
+    "bias": "balancing biases",
+}
+"""Containers of `MoLoraLayer`, without their `molora_`, and what their parameters are."""
 
 
 def kind_of(name: str) -> str:
@@ -24,3 +37,10 @@ def count_by_kind(parameters: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
         counts[kind_of(name)] += parameter.numel()
     order = [*KINDS.values(), *counts]
     return {kind: counts[kind] for kind in dict.fromkeys(order) if kind in counts}
+
+
+def module_kind(name: str) -> str:
+    """What modules like this one are called: the last part of the full name, with `*` for the index of a layer."""
+    parts = name.removeprefix(_PREFIX).split(".")
+    last = next(index for index in range(len(parts) - 1, -1, -1) if not parts[index].isdecimal() or not index)
+    return ".".join([parts[last], *("*" for _ in parts[last + 1 :])])

@@ -14,11 +14,12 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig
 
-from molora.commands.parameters import count_by_kind
+from molora.bank import MoLoraLayer
+from molora.commands.needs import advice_on_tasks
+from molora.commands.parameters import count_by_kind, module_kind
 from molora.commands.session import RunData, adapt, load_skeleton, read_tasks, tokenise, with_existing_adapter
 from molora.data import format_preview
 from molora.errors import ConfigError
-from molora.layer import MoLoraLinear
 from molora.runfile import RunFile, check_output_dir
 
 
@@ -46,6 +47,8 @@ def run(run_file: RunFile) -> int:
     console.print(_memory(model, arguments, data))
     console.print(_datasets(data, arguments))
     _preview(console, data, tokenizer, arguments)
+    for sentence in advice_on_tasks(run_file, tasks):
+        console.print(f"\n{sentence}", highlight=False, markup=False, soft_wrap=True)
     try:
         check_output_dir(run_file)
     except ConfigError as error:
@@ -56,9 +59,9 @@ def run(run_file: RunFile) -> int:
 def _modules(model: PeftModel) -> Table:
     found: dict[tuple[str, int, int], list[str]] = defaultdict(list)
     for name, module in model.named_modules():
-        if isinstance(module, MoLoraLinear):
-            found[name.rsplit(".", 1)[-1], module.in_features, module.out_features].append(name)
-    table = Table("module", "in", "out", "linears", title="Matched modules", title_justify="left")
+        if isinstance(module, MoLoraLayer):
+            found[module_kind(name), module.in_features, module.out_features].append(name)
+    table = Table("module", "in", "out", "number", title="Matched modules", title_justify="left")
     for (ending, size_in, size_out), names in found.items():
         table.add_row(ending, str(size_in), str(size_out), str(len(names)))
     table.add_row("all", "", "", str(sum(map(len, found.values()))), style="bold")
@@ -95,10 +98,10 @@ def _memory(model: PeftModel, arguments: SFTConfig, data: RunData) -> Table:
 
 
 def _activations(model: PeftModel, arguments: SFTConfig, tokens: int) -> float:
-    # What autograd keeps of a linear is its input, once per sibling that reads it, plus the fp32 copy that routing
-    # reads; checkpointing keeps one hidden state per layer and the activations of a single layer.
+    # What autograd keeps of an adapted module is its input, once per sibling that reads it, plus the fp32 copy that
+    # routing reads; checkpointing keeps one hidden state per layer and the activations of a single layer.
     width = 2 if arguments.bf16 or arguments.fp16 else 4
-    inputs = sum(module.in_features * (width + 4) for module in model.modules() if isinstance(module, MoLoraLinear))
+    inputs = sum(module.in_features * (width + 4) for module in model.modules() if isinstance(module, MoLoraLayer))
     config = model.config.get_text_config()
     layers, hidden = config.num_hidden_layers, config.hidden_size
     if arguments.activation_checkpointing:

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from molora.adapters import read_adapter_config
 from molora.base import ensure_pad_token, load_base, resolve_base
+from molora.commands.needs import check_needs
 from molora.config import MoLoraConfig
 from molora.data import TaskData, TokenizedTask, load_tasks, mix, tokenize_tasks
 from molora.errors import ConfigError, DataError, MoloraError, Problem, TargetModulesError
@@ -42,19 +43,23 @@ class RunData:
 
 
 def read_tasks(run: RunFile) -> list[TaskData]:
-    """Read the datasets of a run; needs no model, so their mistakes show first.
+    """Read the datasets of a run and check that its routing can use them; needs no model, so mistakes show first.
 
     Raises:
-        ConfigError: Listing every dataset that cannot be used, with the line that names it.
+        ConfigError: Listing every dataset that cannot be used, with the line that names it, or what the routing reads
+            and the data lacks.
+        DataError: If the datasets do not go together.
     """
     seed = run.training.get("seed", 42)
     try:
-        return load_tasks(run.datasets, seed)
+        tasks = load_tasks(run.datasets, seed)
     except DataError as error:
         problems = [problem for index, _ in enumerate(run.datasets) for problem in _mistakes(run, index, seed)]
         if not problems:
             raise
         raise ConfigError(problems, f"{run.path}: unusable data") from error
+    check_needs(run, tasks)
+    return tasks
 
 
 def _mistakes(run: RunFile, index: int, seed: int) -> Iterator[Problem]:

@@ -13,6 +13,7 @@ from peft import PeftModel
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase, set_seed
 
+from molora.commands.needs import advice_on_tasks, reads_scores, reads_tasks
 from molora.commands.progress import CompactProgress
 from molora.commands.session import RunData, adapt, load_model, read_tasks, tokenise, with_existing_adapter
 from molora.data import TaskCollator
@@ -56,7 +57,7 @@ def run(run_file: RunFile) -> int:
         ),
     )
     CompactProgress.install(trainer)
-    _introduce(console, model, data)
+    _introduce(console, run_file, model, data)
     before: list[TaskScore] = []
     if run_file.evaluation.evaluate_tasks:
         with model.disable_adapter():
@@ -68,7 +69,7 @@ def run(run_file: RunFile) -> int:
     if run_file.evaluation.evaluate_tasks and data.eval:
         after = _score(run_file, model, tokenizer, data)
         routing = routing_by_task(model, data.eval, trainer.data_collator)
-    _finish(console, run_file, before, after, routing)
+    _finish(console, run_file, data, before, after, routing)
     return 0
 
 
@@ -86,7 +87,7 @@ def _score(run_file: RunFile, model: PeftModel, tokenizer: PreTrainedTokenizerBa
     return score_tasks(model, tokenizer, data.tasks, max_new_tokens=run_file.evaluation.eval_max_new_tokens)
 
 
-def _introduce(console: Console, model: PeftModel, data: RunData) -> None:
+def _introduce(console: Console, run_file: RunFile, model: PeftModel, data: RunData) -> None:
     trainable, total = model.get_nb_trainable_parameters()
     rows = sum(len(task.dataset) for task in data.train)
     console.print(
@@ -95,11 +96,14 @@ def _introduce(console: Console, model: PeftModel, data: RunData) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    for sentence in advice_on_tasks(run_file, data.tasks):
+        console.print(sentence, highlight=False, markup=False, soft_wrap=True)
 
 
 def _finish(
     console: Console,
     run_file: RunFile,
+    data: RunData,
     before: list[TaskScore],
     after: list[TaskScore],
     routing: list[TaskRouting],
@@ -107,6 +111,7 @@ def _finish(
     """Write the record of the run beside the adapter, and print it."""
     folder = run_file.output_dir
     report = {
+        "tasks": [task.name for task in data.tasks],
         "before": [asdict(score) for score in before],
         "after": [asdict(score) for score in after],
         "routing": [asdict(task) for task in routing],
@@ -121,4 +126,7 @@ def _finish(
         console.print("\nHow each task is routed, averaged over linears")
         console.print(routing_table(routing))
     console.print(f"\nThe adapter is in {folder}. Ask it something:", markup=False, highlight=False, soft_wrap=True)
-    console.print(f'  molora generate {folder} --prompt "..."', markup=False, highlight=False, soft_wrap=True)
+    options = f" --task {data.tasks[0].name!r}" if reads_tasks(run_file.adapter) else ""
+    options += ' --scores "..."' if reads_scores(run_file.adapter) else ""
+    command = f'  molora generate {folder} --prompt "..."{options}'
+    console.print(command, markup=False, highlight=False, soft_wrap=True)

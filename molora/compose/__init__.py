@@ -9,11 +9,11 @@ from typing import Any
 from peft import PeftModel, get_peft_model
 
 from molora.compose.bank import diversity, select_experts
-from molora.compose.config import config_from_adapters
 from molora.compose.load import check_base, load_experts
-from molora.compose.lora_folder import ImportedLora, read_lora, read_loras
 from molora.compose.lorahub import lorahub
 from molora.compose.shots import read_shots, score_candidates
+from molora.config import MoLoraConfig
+from molora.imported import ImportedLora, config_from_adapters, read_lora, read_loras
 
 
 def compose(
@@ -44,8 +44,6 @@ def compose(
         >>> model = compose(base_model, ["loras/sums", "loras/dates"], preset="arrow")  # doctest: +SKIP
         >>> model.save_pretrained("mixture")  # doctest: +SKIP
     """
-    from molora.config import MoLoraConfig
-
     loras = read_loras(adapters)
     config = config_from_adapters(MoLoraConfig, loras, preset, overrides)
     check_base(base_model, loras)

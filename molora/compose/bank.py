@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from molora.compose.lora_folder import ImportedLora
 from molora.errors import MoloraError
+from molora.imported import ImportedLora
 
 MOST_COMBINATIONS = 1_000_000
 

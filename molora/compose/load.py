@@ -10,9 +10,9 @@ from peft.tuners.tuners_utils import _get_in_out_features
 from torch import Tensor, nn
 
 from molora.bank import MoLoraLayer
-from molora.compose.lora_folder import ImportedLora
 from molora.compose.prototypes import arrow_prototype
 from molora.errors import ConfigError, MoloraError, Problem
+from molora.imported import ImportedLora
 
 
 def check_base(base_model: nn.Module, loras: Sequence[ImportedLora]) -> None:

@@ -15,7 +15,7 @@ Side = Literal["left", "right"]
 
 @dataclass(frozen=True)
 class TaskCollator:
-    """Batch rows with `input_ids`, `labels` and, optionally, `task_ids`.
+    """Batch rows with `input_ids`, `labels` and, optionally, `task_ids` and `expert_scores`.
 
     Attributes:
         pad_token_id: Fills `input_ids`; the attention mask is 0 and the label -100 there, whatever this id is.
@@ -28,7 +28,10 @@ class TaskCollator:
     pad_to_multiple_of: int | None = None
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """Return `input_ids`, `attention_mask` and `labels` [B, S], and `task_ids` [B] when every row has one."""
+        """Return `input_ids`, `attention_mask` and `labels` [B, S].
+
+        When every row has them, also `task_ids` [B] and `expert_scores` [B, E].
+        """
         length = max(len(row["input_ids"]) for row in rows)
         if self.pad_to_multiple_of:
             length = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
@@ -39,6 +42,8 @@ class TaskCollator:
         }
         if all("task_ids" in row for row in rows):
             batch["task_ids"] = torch.tensor([row["task_ids"] for row in rows], dtype=torch.long)
+        if all("expert_scores" in row for row in rows):
+            batch["expert_scores"] = torch.tensor([row["expert_scores"] for row in rows], dtype=torch.float32)
         return batch
 
 

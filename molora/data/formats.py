@@ -6,13 +6,15 @@
 | prompt and answer | `prompt`, `completion`: both text, or lists of messages | one example an assistant turn |
 | plain text | `text` | one example without prompt |
 
-A row may also carry `choices`, the allowed answers, and `label`, the index of the right one.
+A row may also carry `choices`, the allowed answers, and `label`, the index of the right one; and `expert_scores`, a
+number per expert, for routing that reads them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from molora.data.rows import Row
@@ -33,6 +35,8 @@ class Example:
         task: Name of the task.
         choices: The allowed completions; empty when any text may follow.
         label: Index of the completion in `choices`; -1 without choices.
+        expert_scores: A number per expert, for routing that reads them; empty if the row has none.
+        where: The row it comes from, for messages.
     """
 
     prompt: list[Message] | str | None
@@ -40,21 +44,24 @@ class Example:
     task: str
     choices: tuple[str, ...] = ()
     label: int = -1
+    expert_scores: tuple[float, ...] = ()
+    where: str = field(default="", compare=False)
 
 
 def examples_of(row: Row, task: str) -> list[Example]:
     """Return the examples in one row, all under the given task name.
 
-    `choices` belong to the last assistant turn of a row; earlier turns get none.
+    `choices` belong to the last assistant turn of a row; earlier turns get none. `expert_scores` belong to all.
 
     Raises:
         DataError: The row has none of the accepted shapes, or its values contradict each other.
     """
     pairs = _prompts_and_completions(row)
     choices, label = _choices(row, *pairs[-1])
+    scores = _scores(row)
     last = len(pairs) - 1
     return [
-        Example(prompt, completion, task, *((choices, label) if index == last else ()))
+        Example(prompt, completion, task, *((choices, label) if index == last else ((), -1)), scores, row.where)
         for index, (prompt, completion) in enumerate(pairs)
     ]
 
@@ -128,3 +135,13 @@ def _choices(row: Row, prompt: list[Message] | str | None, completion: str) -> t
     if choices[label] != completion:
         raise DataError(f"{row.where}: `label` {label} means {choices[label]!r} but the completion is {completion!r}.")
     return tuple(choices), label
+
+
+def _scores(row: Row) -> tuple[float, ...]:
+    scores = row.values.get("expert_scores")
+    if scores is None:
+        return ()
+    usable = isinstance(scores, Sequence) and not isinstance(scores, str) and len(scores) > 0
+    if not usable or not all(isinstance(score, int | float) and math.isfinite(score) for score in scores):
+        raise DataError(f"{row.where}: `expert_scores` must be a list of numbers, one per expert.")
+    return tuple(map(float, scores))

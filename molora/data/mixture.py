@@ -88,7 +88,8 @@ def load_tasks(specs: Sequence[DatasetSpec], seed: int) -> list[TaskData]:
             adds others; the rows kept stay in file order.
 
     Raises:
-        DataError: A dataset is missing, malformed, or has no rows for its task.
+        DataError: A dataset is missing, malformed, or has no rows for its task; or not all rows have `expert_scores`
+            alike.
     """
     parts: dict[str, list[TaskData]] = {}
     for spec in specs:
@@ -96,7 +97,9 @@ def load_tasks(specs: Sequence[DatasetSpec], seed: int) -> list[TaskData]:
         scored = _load_eval(spec, list(train), seed)
         for name, examples in train.items():
             parts.setdefault(name, []).append(TaskData(name, spec.weight, examples, scored.get(name, [])))
-    return [_join(tasks) for tasks in parts.values()]
+    tasks = [_join(tasks) for tasks in parts.values()]
+    _check_scores(tasks)
+    return tasks
 
 
 def mix(datasets: Sequence[Dataset], weights: Sequence[float], seed: int) -> Dataset:
@@ -189,3 +192,22 @@ def _join(tasks: list[TaskData]) -> TaskData:
     scored = [example for task in tasks for example in task.eval]
     weight = sum(task.weight * len(task.train) for task in tasks) / len(train)
     return TaskData(tasks[0].name, weight, train, scored)
+
+
+def _check_scores(tasks: list[TaskData]) -> None:
+    """Refuse `expert_scores` that only some rows of a run have, or that differ in number."""
+    examples = [example for task in tasks for example in (*task.train, *task.eval)]
+    first = next((example for example in examples if example.expert_scores), None)
+    for example in examples if first else ():
+        assert first is not None
+        given, wanted = len(example.expert_scores), len(first.expert_scores)
+        if not given:
+            raise DataError(
+                f"{example.where}: no `expert_scores`, though {first.where} has some; give every row of a run "
+                "some, held-out ones too, or none."
+            )
+        if given != wanted:
+            raise DataError(
+                f"{example.where}: {given} `expert_scores`, though {first.where} has {wanted}; give every row one per "
+                "expert."
+            )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from datasets import Dataset
 from jinja2.exceptions import TemplateError
@@ -31,7 +31,8 @@ class TokenizedTask:
 
     Attributes:
         name: Name of the task.
-        dataset: Columns `input_ids`, `labels` (lists of ids) and `task_ids` (the task's index).
+        dataset: Columns `input_ids`, `labels` (lists of ids), `task_ids` (the task's index) and, if the examples have
+            some, `expert_scores`.
         supervised_tokens: Positions the loss is computed at, over all rows.
         truncated: Rows that were cut to the maximum length.
         dropped: Rows left out because nothing in them can be learned: an empty completion, or one so long that nothing
@@ -119,10 +120,13 @@ def supervised_tokens(labels: Sequence[int]) -> int:
 def _tokenize(
     name: str, index: int, examples: list[Example], tokenizer: PreTrainedTokenizerBase, max_length: int | None
 ) -> TokenizedTask:
-    rows, total, truncated = [], 0, 0
+    rows: list[dict[str, Any]] = []
+    total, truncated = 0, 0
     for example in examples:
         prompt, completion = encode_parts(example, tokenizer)
-        row = _fit(prompt, completion, max_length)
+        row: dict[str, Any] = {**_fit(prompt, completion, max_length), "task_ids": index}
+        if example.expert_scores:
+            row["expert_scores"] = list(example.expert_scores)
         # An empty answer teaches only to stop, and an answer whose whole prompt was cut away answers nothing.
         pointless = not example.completion.strip() or (prompt and row["labels"][0] != IGNORED)
         if (count := supervised_tokens(row["labels"])) and not pointless:
@@ -138,10 +142,8 @@ def _tokenize(
     if truncated or dropped:
         logger.info("task %s: %d of %d rows cut to %s tokens, %d empty rows left out", name, truncated, len(examples),
                     max_length, dropped)  # fmt: skip
-    columns = {key: [row[key] for row in rows] for key in ("input_ids", "labels")}
-    return TokenizedTask(
-        name, Dataset.from_dict(columns | {"task_ids": [index] * len(rows)}), total, truncated, dropped
-    )
+    columns = {key: [row[key] for row in rows] for key in rows[0]}
+    return TokenizedTask(name, Dataset.from_dict(columns), total, truncated, dropped)
 
 
 def _fit(prompt: list[int], completion: list[int], max_length: int | None) -> dict[str, list[int]]:

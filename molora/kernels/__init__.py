@@ -1,5 +1,5 @@
-"""The packed-bank product. Today one implementation, in plain torch."""
+"""The packed-bank products. Today one implementation, in plain torch."""
 
-from molora.kernels.reference import gated_lora
+from molora.kernels.reference import factors, pairs, separate, shared_a, split_factors
 
-__all__ = ["gated_lora"]
+__all__ = ["factors", "pairs", "separate", "shared_a", "split_factors"]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from molora.errors import MoloraError
 from molora.routing.masks import TokenMasks, prompt_of_labels, token_masks
+from molora.routing.route import Routing
 
 SCOPE = "routing_scope"
 """A layer class that has this attribute reads the scope found there."""
@@ -79,9 +80,16 @@ class RoutingScope:
 
     def before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the whole model: a call begins, unless it is no concern of routing."""
+        self._begin(model, args, kwargs, self.always or self.inputs is not None)
+
+    def before_encoder(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of an encoder: a call begins if it runs by itself, as `generate` lets it."""
+        self._begin(model, args, kwargs, self.call is None and (self.always or self.inputs is not None))
+
+    def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], concerns: bool) -> None:
         stack = ExitStack()
         self._open.append(stack)
-        if self.always or self.inputs is not None:
+        if concerns:
             given = kwargs if not args else {"input_ids": args[0], **kwargs}
             stack.enter_context(call_of(self, model, given))
 
@@ -196,7 +204,7 @@ def routing_inputs(
         generating: Keep decisions about the prompt while `generate` runs inside the block.
 
     Raises:
-        MoloraError: If the model has no molora layer, or `expert_mask` leaves a row without an expert.
+        MoloraError: If the model has no molora layer, or a mask leaves a row without an expert or without a prompt.
     """
     given = RoutingInputs(task_ids, expert_scores, expert_mask, expert_weights, prompt_mask)
     found = scopes(model)
@@ -204,6 +212,8 @@ def routing_inputs(
         raise MoloraError("the model has no molora adapter that could be given routing inputs.")
     if expert_mask is not None and not bool(expert_mask.bool().any(dim=-1).all()):
         raise MoloraError("expert_mask bans every expert of a row; leave at least one, or disable the adapter.")
+    if prompt_mask is not None and not bool(prompt_mask.bool().any(dim=-1).all()):
+        raise MoloraError("prompt_mask marks no token of a row; mark at least one.")
     before = [(scope, scope.inputs) for scope in found]
     for scope in found:
         scope.inputs = _merged(scope.inputs, given)
@@ -252,6 +262,36 @@ def _bind(checkpoint: Callable[..., Any], scope: RoutingScope, call: RoutingCall
         return checkpoint(run, *args, **kwargs)
 
     return bound
+
+
+@contextmanager
+def continuing_rows(model: nn.Module, owner: Tensor) -> Iterator[None]:
+    """Go on with other rows than those whose prompts were read: several continuations of one prompt, say.
+
+    What was decided about each prompt, and the inputs given for it, belong to its continuations inside the block.
+
+    Args:
+        model: A model inside a block of `routing_inputs(..., generating=True)`.
+        owner: For each new row the index of the prompt it continues, `[C]`.
+    """
+    before = [(scope, scope.inputs, scope.kept) for scope in scopes(model)]
+    for scope, inputs, kept in before:
+        if inputs is not None:
+            scope.inputs = RoutingInputs(**{name: _rows(value, owner) for name, value in vars(inputs).items()})
+        if kept is not None:
+            scope.kept = {
+                key: value.rows(owner) if isinstance(value, Routing) else value for key, value in kept.items()
+            }
+    try:
+        yield
+    finally:
+        for scope, inputs, kept in before:
+            scope.inputs, scope.kept = inputs, kept
+
+
+def _rows(value: Tensor | None, owner: Tensor) -> Tensor | None:
+    """Rows of an input; one that holds for all rows, or has none, stays."""
+    return value if value is None or value.ndim == 0 or len(value) == 1 else value[owner]
 
 
 def rows_of(values: Tensor, batch: int, generating: bool, name: str) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -66,6 +66,17 @@ class Routing:
     threshold: Tensor | None = None
     per_sequence: bool = False
 
+    def rows(self, index: Tensor) -> Routing:
+        """The same decision about other rows; one that has no rows stays as it is.
+
+        Args:
+            index: For each row the one it is taken from.
+        """
+        tensors: dict[str, Any] = {
+            name: value[index] for name, value in vars(self).items() if isinstance(value, Tensor) and value.ndim > 1
+        }
+        return replace(self, **tensors)
+
 
 @dataclass(frozen=True)
 class RoutingExtras:
@@ -116,11 +127,15 @@ def route(logits: Tensor, spec: RoutingSpec, extras: RoutingExtras = NO_EXTRAS) 
         selected, values = sparsemixer(logits, spec.top_k, spec.router_jitter, extras.training)
         return Routing(logits, torch.softmax(logits, dim=-1), selected, _mixed(values, selected, spec))
     probabilities = GATES[spec.gate](logits, spec.temperature, extras.training)
+    dropped = None
     if spec.expert_dropout and extras.training:
-        probabilities = probabilities * (torch.rand_like(probabilities) >= spec.expert_dropout)
+        dropped = torch.rand_like(probabilities) < spec.expert_dropout
+        probabilities = probabilities.masked_fill(dropped, 0.0)
     level = _level(spec, extras)
     keys = probabilities if extras.bias is None else probabilities + extras.bias
     selected = _selected(keys.detach(), logits.detach(), level, spec, extras)
+    if dropped is not None:
+        selected = selected & ~dropped  # not every weighing reads the probability
     scored = Scored(
         logits,
         probabilities,
@@ -151,7 +166,7 @@ def _modified(logits: Tensor, spec: RoutingSpec, extras: RoutingExtras) -> Tenso
         logits = logits + spec.router_noise * torch.randn_like(logits)
     if extras.training and extras.noise_scale is not None:
         logits = logits + extras.noise_scale * torch.randn_like(logits)
-    if extras.allowed is not None and spec.gate in SUMS_TO_ONE:
+    if extras.allowed is not None and (spec.gate in SUMS_TO_ONE or spec.selection == "sparsemixer"):
         logits = logits.masked_fill(~extras.allowed, -torch.inf)
     return logits
 
@@ -175,9 +190,9 @@ def _selected(keys: Tensor, logits: Tensor, level: float | Tensor, spec: Routing
         "grouped_top_1": {"groups": spec.expert_groups},
     }
     if extras.allowed is not None:
-        # Last in every ranking, but for those by magnitude, where that is zero.
-        worst = 0.0 if spec.selection == "top_k_magnitude" else torch.finfo(keys.dtype).min
-        keys = keys.masked_fill(~extras.allowed, worst) if spec.selection != "top_p" else keys
+        # Last in every ranking; by magnitude, or by share of the total, that is zero.
+        worst = 0.0 if spec.selection in ("top_k_magnitude", "top_p") else torch.finfo(keys.dtype).min
+        keys = keys.masked_fill(~extras.allowed, worst)
     selected = SELECTIONS[spec.selection](keys, **options.get(spec.selection, {}))
     if extras.allowed is not None:
         selected = selected & extras.allowed

@@ -27,8 +27,10 @@ def sparsemixer(logits: Tensor, k: int, jitter: float, training: bool) -> tuple[
     weights = torch.zeros_like(logits)
     for _ in range(k):
         best = left.detach().max(dim=-1, keepdim=True).values
+        some = best > -torch.inf  # else all are chosen or banned
         distance = (best - logits.detach()) / logits.detach().abs().clamp(min=best)
-        probabilities = torch.softmax(left.masked_fill(distance > 2 * jitter, -torch.inf), dim=-1)
+        near = left.masked_fill(distance > 2 * jitter, -torch.inf)
+        probabilities = torch.softmax(torch.where(some, near, 0.0), dim=-1)
         top = probabilities.argmax(dim=-1, keepdim=True)
         chosen, factor = top, torch.ones_like(best)
         if training:
@@ -37,7 +39,7 @@ def sparsemixer(logits: Tensor, k: int, jitter: float, training: bool) -> tuple[
             factor = torch.where(whole, 1.0, 1 / 3).to(logits.dtype)
         weight = probabilities.gather(-1, chosen)
         weight = weight + (weight * factor - weight).detach()
-        weights = weights.scatter(-1, chosen, weight)
-        selected = selected.scatter(-1, chosen, True)
+        weights = weights.scatter(-1, chosen, torch.where(some, weight, weights.gather(-1, chosen)))
+        selected = selected.scatter(-1, chosen, some | selected.gather(-1, chosen))
         left = left.masked_fill(selected, -torch.inf)
     return selected, weights

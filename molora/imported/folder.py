@@ -15,10 +15,10 @@ from typing import Any
 
 from torch import Tensor
 
-from molora.adapters import CONFIG_FILE, WEIGHTS_FILE, read_adapter_tensors
-from molora.compose.refusals import lora_problems, molora_problems
 from molora.errors import ConfigError, Problem
-from molora.imported import expert_at
+from molora.folders import CONFIG_FILE, WEIGHTS_FILE, read_adapter_tensors
+from molora.imported.describe import expert_at
+from molora.imported.refusals import lora_problems, molora_problems
 
 _FACTOR = re.compile(r"base_model\.model\.(.+)\.(?:lora_|molora_|molora_frozen_)([AB])\.weight")
 _GATE = re.compile(r"base_model\.model\.(.+)\.molora_router\.weight")

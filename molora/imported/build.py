@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
-from molora.compose.lora_folder import ImportedLora, read_loras
 from molora.errors import ConfigError, Problem
+from molora.imported.folder import ImportedLora, read_loras
 from molora.presets import preset_fields
 
-if TYPE_CHECKING:
-    from molora.config import MoLoraConfig
+Config = TypeVar("Config", bound=Any)
+"""`MoLoraConfig`; not imported, since its `from_adapters` calls this module."""
 
 _FROM_ADAPTERS = (
     "imported_experts",
@@ -37,11 +37,11 @@ _EXACT: dict[str, tuple[Any, ...]] = {
 
 
 def config_from_adapters(
-    config_cls: type[MoLoraConfig],
+    config_cls: type[Config],
     adapters: Sequence[str | Path | ImportedLora],
     preset: str,
     overrides: dict[str, Any],
-) -> MoLoraConfig:
+) -> Config:
     """Build the config of a mixture whose first experts are trained adapters, in the order given.
 
     The experts are frozen unless the preset or `frozen_experts` says otherwise. A `num_experts` above the number of
@@ -125,7 +125,7 @@ def _contradictions(own: dict[str, Any], overrides: dict[str, Any], number: int)
                 yield Problem(field, message)
 
 
-def _inexact(config: MoLoraConfig) -> Iterator[Problem]:
+def _inexact(config: Any) -> Iterator[Problem]:
     """Yield choices under which an expert would no longer compute what its adapter does."""
     for field, allowed in _EXACT.items():
         value = getattr(config, field)
@@ -139,7 +139,7 @@ def _inexact(config: MoLoraConfig) -> Iterator[Problem]:
                 yield Problem(field, message)
 
 
-def _unequal_ranks(config: MoLoraConfig, loras: Sequence[ImportedLora]) -> Iterator[Problem]:
+def _unequal_ranks(config: Any, loras: Sequence[ImportedLora]) -> Iterator[Problem]:
     """Yield why factors cannot be added up."""
     if config.expert_layout != "factors":
         return
@@ -155,7 +155,7 @@ def _unequal_ranks(config: MoLoraConfig, loras: Sequence[ImportedLora]) -> Itera
             return
 
 
-def _missing_gates(config: MoLoraConfig, loras: Sequence[ImportedLora]) -> Iterator[Problem]:
+def _missing_gates(config: Any, loras: Sequence[ImportedLora]) -> Iterator[Problem]:
     """Yield adapters without the gate that a router is made of."""
     without = [lora for lora in loras if not lora.gates]
     # A router that is trained may start anywhere, as long as it does for all.
