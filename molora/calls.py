@@ -81,13 +81,12 @@ def needs_every_call(config: MoLoraConfig) -> bool:
     )
 
 
-def scope_of(model: nn.Module, always: bool, wants_base: bool) -> ModelScope:
+def scope_of(model: nn.Module, config: MoLoraConfig) -> ModelScope:
     """The scope of a model's adapted layers, made and hooked up with the first adapter.
 
     Args:
         model: The base model.
-        always: An adapter must know of every call.
-        wants_base: An adapter's router reads the base model's hidden states.
+        config: The configuration of an adapter that is about to be put on it.
     """
     layers = [module for module in model.modules() if isinstance(module, MoLoraLayer)]
     scope = next((s for layer in layers if isinstance(s := layer.routing_scope, ModelScope)), None)
@@ -99,8 +98,9 @@ def scope_of(model: nn.Module, always: bool, wants_base: bool) -> ModelScope:
             encoder = model.get_encoder()  # type: ignore[operator]  # a method of transformers' models
             encoder.register_forward_pre_hook(scope.before_encoder, with_kwargs=True)
             encoder.register_forward_hook(scope.after_forward, always_call=True)
-    scope.always = scope.always or always
-    scope.wants_base = scope.wants_base or wants_base
+    scope.always = scope.always or needs_every_call(config)
+    scope.wants_base = scope.wants_base or config.router_input == "base"
+    scope.spans_layers = scope.spans_layers or config.router_sharing == "model" or config.router == "recurrent"
     return scope
 
 

@@ -15,10 +15,10 @@ from transformers.pytorch_utils import Conv1D
 from molora import lifecycle
 from molora.bank import MoLoraLayer
 from molora.block import MoLoraBlock
-from molora.calls import needs_every_call, scope_of
+from molora.calls import scope_of
 from molora.config import MoLoraConfig
 from molora.layer import MoLoraLinear, cannot_merge
-from molora.placement import Placement, layers_in_range
+from molora.placement import Placement, restrict_layers
 from molora.plan import ModulePlan, plan_module, routing_reads
 from molora.row_adapters import adapters_by_row
 from molora.targets import adapted_sizes, check_level, check_nesting, check_targets, is_linear, text_config
@@ -48,8 +48,7 @@ class MoLoraModel(BaseTuner):
         _maybe_include_all_linear_layers(peft_config, model)
         sizes = text_config(model)
         num_layers = getattr(sizes, "num_hidden_layers", None)
-        if peft_config.depth_range is not None:
-            peft_config.layers_to_transform = layers_in_range(peft_config.depth_range, num_layers)
+        restrict_layers(peft_config, num_layers)
         self._placement = Placement(peft_config, num_layers, getattr(sizes, "hidden_size", None))
         targets = [
             (key, module)
@@ -59,7 +58,7 @@ class MoLoraModel(BaseTuner):
         check_nesting([key for key, _ in targets], _blocks(model))
         linears = [key.removesuffix(".base_layer") for key, module in model.named_modules() if is_linear(module)]
         self._placement.expect(targets, linears)
-        self._scope = scope_of(model, needs_every_call(peft_config), peft_config.router_input == "base")
+        self._scope = scope_of(model, peft_config)
 
     def _create_and_replace(
         self,

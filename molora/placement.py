@@ -134,11 +134,26 @@ def _holds_adapters(block: nn.Module) -> bool:
     return any(isinstance(inner, MoLoraLayer) for inner in block.modules() if inner is not block)
 
 
-def layers_in_range(depth_range: list[float] | None, num_layers: int | None) -> list[int] | None:
-    """Indices of the layers in a part of the depth, `[0.5, 1]` being the deeper half; `None` for no restriction."""
-    if depth_range is None:
-        return None
+def restrict_layers(config: MoLoraConfig, num_layers: int | None) -> None:
+    """Turn `depth_range` into the indices of layers that PEFT restricts targets to.
+
+    Args:
+        config: Its `layers_to_transform` is set if it has a `depth_range`; `[0.5, 1]` is the deeper half.
+        num_layers: Layers of the model, if known.
+
+    Raises:
+        TargetModulesError: If the number of layers is not known, or `layers_to_transform` says otherwise.
+    """
+    if config.depth_range is None:
+        return
     if not num_layers:
         raise TargetModulesError("depth_range needs a model whose config has num_hidden_layers.")
-    low, high = depth_range
-    return [layer for layer in range(num_layers) if low * num_layers <= layer < high * num_layers]
+    low, high = config.depth_range
+    layers = [layer for layer in range(num_layers) if low * num_layers <= layer < high * num_layers]
+    given = config.layers_to_transform
+    if given is not None and sorted([given] if isinstance(given, int) else given) != layers:
+        raise TargetModulesError(
+            f"depth_range={config.depth_range} means layers {layers} of this model, and layers_to_transform says "
+            f"{given}; give one of the two."
+        )
+    config.layers_to_transform = layers

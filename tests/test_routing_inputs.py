@@ -354,3 +354,17 @@ def test_imported_adapters_are_banned_like_others(tmp_path):
     only = [logits_of(model, expert_mask=torch.arange(3) == expert) for expert in range(3)]
     assert not torch.equal(only[0], only[1])
     torch.testing.assert_close(logits_of(model, expert_weights=torch.eye(3)[2]), only[2])
+
+
+@pytest.mark.parametrize("preset", ["pmoe", "moelora"])
+def test_reentrant_checkpointing_is_refused_where_decisions_cross_layers(preset):
+    model = methods.build(preset).train()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.enable_input_require_grads()
+    with pytest.raises(MoloraError, match="use_reentrant"):
+        model(input_ids=methods.tokens(), **methods.inputs_of(model))
+
+
+def test_a_depth_range_that_contradicts_the_given_layers_is_refused():
+    with pytest.raises(TargetModulesError, match=r"means layers \[1\] of this model, and layers_to_transform says 0"):
+        methods.build("pmoe", layers_to_transform=0)

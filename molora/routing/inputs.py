@@ -66,6 +66,7 @@ class RoutingScope:
         inputs: Given inputs, while a `routing_inputs` block is open.
         kept: Decisions about prompts, while a generation runs.
         always: Whether some adapter needs to know of every call, not only of those with inputs.
+        spans_layers: Whether an adapter hands decisions or states from layer to layer.
         silent: Whether adapters keep out, as while the base model's own hidden states are computed.
     """
 
@@ -75,6 +76,7 @@ class RoutingScope:
         self.kept: dict[Any, Any] | None = None
         self.always = False
         self.silent = False
+        self.spans_layers = False
         self._prompt_length: int | None = None
         self._open: list[ExitStack] = []
 
@@ -100,11 +102,11 @@ class RoutingScope:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copied model starts outside any call; tensors of a running one cannot be copied.
-        return {"always": self.always}
+        return {"always": self.always, "spans_layers": self.spans_layers}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         RoutingScope.__init__(self)
-        self.always = state["always"]
+        self.always, self.spans_layers = state["always"], state["spans_layers"]
 
     def current(self) -> RoutingCall | None:
         """The running call; if the model's own hook did not see it start, one made of the given inputs."""
@@ -243,6 +245,11 @@ def call_of(scope: RoutingScope, model: nn.Module, kwargs: dict[str, Any]) -> It
     originals = [(module, vars(module).get("_gradient_checkpointing_func")) for module in bound]
     for module, original in originals:
         if original is not None:
+            if scope.spans_layers and getattr(original, "keywords", {}).get("use_reentrant"):
+                raise MoloraError(
+                    "this adapter hands decisions from layer to layer, and reentrant gradient checkpointing would cut "
+                    'their gradient; set gradient_checkpointing_kwargs={"use_reentrant": False}.'
+                )
             module._gradient_checkpointing_func = _bind(original, scope, call)  # type: ignore[assignment]
     try:
         with scope.running(call):
