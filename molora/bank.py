@@ -29,8 +29,8 @@ from molora.groups import RoutingGroup
 from molora.layouts import LAYOUTS
 from molora.plan import ModulePlan
 from molora.routing import ROUTERS, BalanceBias, Blend, Router, RouterSize, RoutingSpec, ThresholdNet
-from molora.routing.inputs import RoutingScope
 from molora.routing.record import RoutingRecorder
+from molora.routing.scope import RoutingScope
 
 _FROZEN = ("molora_frozen_A", "molora_frozen_B", "molora_bias")
 """Containers that are never trained by gradients."""
@@ -88,7 +88,7 @@ class MoLoraLayer(BaseTunerLayer):
         self.molora_spec: dict[str, RoutingSpec] = {}
         self.molora_plan: dict[str, ModulePlan] = {}
         self.molora_group: dict[str, RoutingGroup] = {}
-        self.molora_before: dict[str, list[MoLoraLayer]] = {}
+        self.molora_before: dict[str, MoLoraLayer] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.cast_input_dtype_enabled = True
@@ -138,8 +138,8 @@ class MoLoraLayer(BaseTunerLayer):
 
     def _add_bank(self, name: str, config: MoLoraConfig, plan: ModulePlan, pool: ShardPool | None) -> None:
         size = self.out_features if plan.after else self.in_features
-        layout = LAYOUTS[plan.layout]
-        rows, columns = layout.rows(plan.ranks, plan.r), layout.columns(plan.ranks, plan.r)
+        rows, blocks = LAYOUTS[plan.layout].sizes(plan.ranks, plan.r)
+        columns = sum(blocks)
         if plan.layout == "shards":
             self._add_sharded(name, config, plan, pool)
         elif plan.num_splits > 1:
@@ -173,16 +173,9 @@ class MoLoraLayer(BaseTunerLayer):
         size = group.feature_size if group is not None else self.out_features if plan.after else self.in_features
         logits = plan.num_experts + plan.spec.null_experts
         if not follows:
-            self.molora_router[name] = router_class(
-                RouterSize(
-                    size,
-                    logits,
-                    config.router_dim or router_class.default_dim,
-                    config.num_tasks or 1,
-                    plan.num_splits,
-                    config.router_bias,
-                )
-            )
+            dim = config.router_dim or router_class.default_dim
+            sizes = RouterSize(size, logits, dim, config.num_tasks or 1, plan.num_splits, config.router_bias)
+            self.molora_router[name] = router_class(sizes).train(self.training)
         if follows and group is not None and group.decides_once:
             return
         if plan.spec.selection == "adaptive_threshold":
@@ -199,7 +192,7 @@ class MoLoraLayer(BaseTunerLayer):
         if any(p.is_meta for name in self.adapter_layer_names for p in self._parameters_of(name, adapter_name)):
             return
         density = (plan.spec.top_k if plan.spec.selection.startswith("top_k") else 1) / max(1, sum(plan.ranks))
-        for downs, ups, blocks in self._banks(adapter_name):
+        for downs, ups, blocks in self.banks(adapter_name):
             init_down(downs.weight, config.init_A, config.init_A_range, min(1.0, density))
             init_up(ups.weight, blocks, config.init_weights)
         if adapter_name in self.molora_pool:
@@ -212,12 +205,12 @@ class MoLoraLayer(BaseTunerLayer):
         if adapter_name in self.molora_threshold:
             self.molora_threshold[adapter_name].reset_parameters()
 
-    def _banks(self, name: str) -> list[tuple[Any, Any, tuple[int, ...]]]:
+    def banks(self, name: str) -> list[tuple[Any, Any, tuple[int, ...]]]:
         """The pairs of A and B of an adapter, frozen ones first, with the columns of B that belong together."""
         plan = self.molora_plan[name]
         if plan.layout == "shards":
             return []
-        blocks = LAYOUTS[plan.layout].blocks(plan.ranks, plan.r)
+        _, blocks = LAYOUTS[plan.layout].sizes(plan.ranks, plan.r)
         if not plan.frozen_rank:
             return [(self.molora_A[name], self.molora_B[name], blocks)]
         frozen = next(n for n in range(len(blocks) + 1) if sum(blocks[:n]) == plan.frozen_rank)

@@ -55,6 +55,11 @@ class MoLoraBlock(MoLoraModule):
             return self._add(result, x, adapter_names)
         return type(result)((self._add(result[0], x, adapter_names), *result[1:]))
 
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, Any]:
+        # PEFT asks a layer for its weight; a block has many, and its adapters go with the first.
+        first = next((p for p in base_layer.parameters() if p.is_floating_point()), None)
+        return (None, None) if first is None else (first.device, first.dtype)
+
     def __getattr__(self, name: str) -> Any:
         # The model around a block may ask it for more than its output, such as the kind of attention of a layer.
         try:

@@ -11,11 +11,13 @@ import peft.peft_model
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from molora.bank import MoLoraLayer
 from molora.config import MoLoraConfig
 from molora.decide import BASE_HIDDEN
-from molora.routing.inputs import RoutingInputs, RoutingScope, routing_inputs, scopes
+from molora.routing.inputs import routing_inputs, scopes
+from molora.routing.scope import RoutingInputs, RoutingScope
 
 _BACKBONE_INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
 _KEYWORDS = tuple(RoutingInputs.__dataclass_fields__)
@@ -26,18 +28,33 @@ class ModelScope(RoutingScope):
 
     Attributes:
         wants_base: Whether an adapter's router reads the base model's last hidden states.
+        hooks: Those by which the model tells of its calls.
     """
+
+    _LASTING = ("always", "spans_layers", "wants_base", "hooks")
 
     def __init__(self) -> None:
         super().__init__()
         self.wants_base = False
+        self.hooks: list[RemovableHandle] = []
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "wants_base": self.wants_base}
+    def attach(self, model: nn.Module) -> None:
+        """Let a model tell of its calls, and an encoder-decoder of those of its encoder, which may run by itself."""
+        self._attach(model, self.before_forward)
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and hasattr(model, "get_encoder"):
+            self._attach(model.get_encoder(), self.before_encoder)  # type: ignore[operator]  # a method in transformers
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.wants_base = state["wants_base"]
+    def _attach(self, module: nn.Module, before: Callable[..., None]) -> None:
+        self.hooks += [
+            module.register_forward_pre_hook(before, with_kwargs=True),
+            module.register_forward_hook(self.after_forward, always_call=True),
+        ]
+
+    def detach(self) -> None:
+        """Leave the model alone, as its adapted layers are gone."""
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks.clear()
 
     def before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A call begins; if a router needs them, the base model's hidden states are computed."""
@@ -92,12 +109,7 @@ def scope_of(model: nn.Module, config: MoLoraConfig) -> ModelScope:
     scope = next((s for layer in layers if isinstance(s := layer.routing_scope, ModelScope)), None)
     if scope is None:
         scope = ModelScope()
-        model.register_forward_pre_hook(scope.before_forward, with_kwargs=True)
-        model.register_forward_hook(scope.after_forward, always_call=True)
-        if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and hasattr(model, "get_encoder"):
-            encoder = model.get_encoder()  # type: ignore[operator]  # a method of transformers' models
-            encoder.register_forward_pre_hook(scope.before_encoder, with_kwargs=True)
-            encoder.register_forward_hook(scope.after_forward, always_call=True)
+        scope.attach(model)
     scope.always = scope.always or needs_every_call(config)
     scope.wants_base = scope.wants_base or config.router_input == "base"
     scope.spans_layers = scope.spans_layers or config.router_sharing == "model" or config.router == "recurrent"
@@ -123,7 +135,7 @@ def _taking_keywords(method: Callable[..., Any], generating: bool) -> Callable[.
     def wrapped(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
         if not any(isinstance(config, MoLoraConfig) for config in self.peft_config.values()):
             return method(self, *args, **kwargs)
-        given = {name: kwargs.pop(name) for name in _KEYWORDS if kwargs.get(name) is not None}
+        given = {name: value for name in _KEYWORDS if (value := kwargs.pop(name, None)) is not None}
         prompts = generating and any(scope.always for scope in scopes(self))
         with routing_inputs(self, **given, generating=generating) if given or prompts else nullcontext():
             return method(self, *args, **kwargs)

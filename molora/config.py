@@ -190,7 +190,8 @@ class MoLoraConfig(PeftConfig):
     def from_adapters(cls, adapters: Sequence[str], preset: str = "arrow", **overrides: Any) -> MoLoraConfig:
         """Build the config of a mixture of adapters that are already trained.
 
-        The experts keep their own ranks, scales and target modules. `molora.compose.compose` also loads their weights.
+        The experts keep their own ranks, scales and target modules. A model that the config is put on, by
+        `get_peft_model` or a trainer, starts with their weights.
 
         Args:
             adapters: Folders of PEFT LoRA adapters, or molora adapters with one expert.

@@ -237,8 +237,8 @@ def _check_never_empty(config: Config) -> Iterator[Problem]:
         yield Problem("selection", f"{config.selection!r} {why}set 'top_k', 'top_p' or 'dense'.")
     if config.gate == "relu":
         yield Problem("gate", f"'relu' {why}set 'softmax' or 'sigmoid'.")
-    for name in ("min_logit", "capacity_factor"):
-        if getattr(config, name) is not None:
+    for name, unset in (("min_logit", None), ("capacity_factor", None), ("expert_dropout", 0)):
+        if getattr(config, name) != unset:
             yield Problem(name, f"{why}leave it out.")
 
 

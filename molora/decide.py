@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from molora.errors import MoloraError
 from molora.routing import RouterInput, Routing, RoutingExtras, fixed, route
-from molora.routing.inputs import RoutingCall, rows_of
+from molora.routing.inputs import rows_of
 from molora.routing.masks import pool_last, pool_mean
 from molora.routing.precision import promote
+from molora.routing.scope import RoutingCall
 from molora.routing.weights import with_shared
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 BASE_HIDDEN = "base_hidden"
 """Key in `RoutingCall.shared` of the base model's last hidden states, `[B, S, d]`."""
-
 
 _FEATURES = frozenset({"input", "hidden", "state"})
 
@@ -159,21 +159,20 @@ class _Decision:
         if "state" in reads:
             logits, state = logits
             self._needed_call("a recurrent router").shared["state", name, id(layer)] = state
-        noise = router.noise_scale(given) if hasattr(router, "noise_scale") and layer.training else None
         threshold, bias = _part(layer.molora_threshold, name), _part(layer.molora_bias, name)
         blend = _part(layer.molora_blend, name)
+        mix, factor = (None, None) if blend is None else blend()
         extras = RoutingExtras(
             threshold_logit=None if threshold is None else threshold(features),
             bias=None if bias is None else bias(),
-            noise_scale=noise,
             scores=scores,
             allowed=self._allowed(),
-            mix=None if blend is None else promote(blend.mix()),
+            mix=mix,
             mask=self._real_tokens(logits) if self.spec.capacity_factor is not None else None,
             training=layer.training,
         )
         routing = route(logits, self.spec, extras)
-        return routing if blend is None else replace(routing, weights=routing.weights * promote(blend()))
+        return routing if factor is None else replace(routing, weights=routing.weights * factor)
 
     def _needed_call(self, what: str) -> RoutingCall:
         if self.call is None:
@@ -248,10 +247,12 @@ class _Decision:
 
     def _scores(self) -> Tensor:
         scores = promote(self._given("expert_scores"))
-        if scores.shape[-1] != self.plan.num_experts + self.spec.null_experts:
+        experts = self.plan.num_experts + self.spec.null_experts
+        if scores.shape[-1] != experts:
             raise MoloraError(
-                f"expert_scores has {scores.shape[-1]} columns and this adapter {self.plan.num_experts} experts; give "
-                "one each."
+                f"expert_scores has {scores.shape[-1]} columns and this adapter {experts} experts"
+                + " with its null ones" * bool(self.spec.null_experts)
+                + "; give one each."
             )
         if scores.ndim == 2:
             return _over_tokens(scores, self.x, self.plan)
@@ -270,9 +271,9 @@ class _Decision:
 
     def _state(self) -> Tensor | None:
         before = self.layer.molora_before.get(self.name)
-        if not before:
+        if before is None:
             return None
-        return self._needed_call("a recurrent router").shared.get(("state", self.name, id(before[0])))
+        return self._needed_call("a recurrent router").shared.get(("state", self.name, id(before)))
 
     def _allowed(self) -> Tensor | None:
         mask = None if self.call is None else self.call.inputs.expert_mask

@@ -107,7 +107,7 @@ class ShardedWeight(nn.Module):
 
     def __init__(self, pool: ShardPool, kind: str, index: Tensor) -> None:
         super().__init__()
-        self._pool = (pool,)
+        self._pool = (pool,)  # in a tuple, where torch does not register it
         self.kind = kind
         self.register_buffer("index", index)
 
@@ -116,13 +116,18 @@ class ShardedWeight(nn.Module):
         return F.linear(x, self.matrix())
 
     @property
+    def pool(self) -> ShardPool:
+        """The pool the vectors are drawn from."""
+        return self._pool[0]
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of the pool."""
-        return self._pool[0].weight_A.dtype
+        return self.pool.weight_A.dtype
 
     def matrix(self) -> Tensor:
         """The matrix as a whole, `[r, in]` for A, `[out, r]` for B."""
-        vectors = self._pool[0](self.index, self.kind)
+        vectors = self.pool(self.index, self.kind)
         return vectors if self.kind == "A" else vectors.T
 
 

@@ -35,7 +35,7 @@ def _slots_of(layer: MoLoraLayer, name: str, x: Tensor, hidden: Tensor) -> tuple
     routing = decide(layer, name, x, hidden, None)
     assert routing is not None
     spec, ranks = layer.molora_spec[name], layer.molora_ranks[name]
-    fixed_number = spec.selection in ("top_k", "sparsemixer") and routing.weights is not routing.logits
+    fixed_number = spec.selection in ("top_k", "sparsemixer") and not routing.is_fixed
     experts, weights = _slots(routing, spec.top_k if fixed_number else layer.molora_plan[name].num_experts)
     member = experts.unsqueeze(-1) == ranks.expert
     return member * ranks.rank_scale(weights), weights
@@ -76,6 +76,6 @@ def combine_slots(
     bias = getattr(layer.get_base_layer(), "bias", None)
     if bias is not None:
         # The frozen linear added its bias once; each expert has it with its weight.
-        result = result + (weights.sum(dim=-2) - 1).to(result.dtype) * bias
+        result = result + ((weights.sum(dim=-2) - 1) * bias).to(result.dtype)
     delta = layer.output(name, (hidden * ranks * weights).sum(dim=-2).to(dtype))
     return (result + delta).to(result.dtype)

@@ -6,7 +6,7 @@ from typing import Any
 
 from molora.errors import MoloraError
 from molora.routing import Routing
-from molora.routing.inputs import RoutingCall
+from molora.routing.scope import RoutingCall
 
 
 class RoutingGroup:

@@ -16,12 +16,11 @@ from molora.config import MoLoraConfig
 from molora.decide import decide
 from molora.errors import MergeError, MoloraError
 from molora.ffn import combine_slots, expand_slots
-from molora.groups import RoutingGroup
 from molora.kernels import split_factors
 from molora.layouts import ACTIVATIONS, LAYOUTS
 from molora.plan import ModulePlan
 from molora.routing import Routing, route
-from molora.routing.precision import autocast_enabled
+from molora.routing.precision import autocast_enabled, promote
 
 BASE_ADAPTER = "__base__"
 """In `adapter_names`, stands for the base model without any adapter."""
@@ -209,13 +208,13 @@ class MoLoraLinear(MoLoraModule):
             return self.base_layer(x, *args, **kwargs)
         if self.merged:
             return self.base_layer(x, *args, **kwargs)
-        group = self._ffn_group(adapter_names)
-        if group is not None:
-            return self._forward_in_ffn(group, x, *args, **kwargs)
+        spanning = self._spanning_adapter(adapter_names)
+        if spanning is not None:
+            return self._forward_in_ffn(spanning, x, *args, **kwargs)
         return self._add(self.base_layer(x, *args, **kwargs), x, adapter_names)
 
-    def _ffn_group(self, adapter_names: list[str] | None) -> RoutingGroup | None:
-        """The feed-forward block whose experts this linear belongs to, if it does."""
+    def _spanning_adapter(self, adapter_names: list[str] | None) -> str | None:
+        """The adapter whose experts span the feed-forward block that this linear is in, if there is one."""
         names = [name for name, _ in self._applied(adapter_names)]
         spans = [name for name in names if name in self.molora_group and self.molora_group[name].spans_ffn]
         if not spans:
@@ -225,12 +224,11 @@ class MoLoraLinear(MoLoraModule):
                 f"the experts of adapter {spans[0]!r} span whole feed-forward blocks, so it cannot share a batch or a "
                 "block with other adapters; use one adapter at a time."
             )
-        return self.molora_group[spans[0]]
+        return spans[0]
 
-    def _forward_in_ffn(self, group: RoutingGroup, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        name = next(name for name, _ in self._applied(None))
+    def _forward_in_ffn(self, name: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         down = self._down(name, x)
-        if not group.is_last(self):
+        if not self.molora_group[name].is_last(self):
             return expand_slots(self, name, x, down, self.base_layer(x, *args, **kwargs))
         return combine_slots(self, name, x, down, lambda mixed: self.base_layer(mixed, *args, **kwargs))
 
@@ -243,13 +241,14 @@ class MoLoraLinear(MoLoraModule):
         if self.is_routed(adapter_name):
             raise cannot_merge(adapter_name, self.molora_plan[adapter_name].reads)
         lora_a, lora_b = self.matrices(adapter_name)
+        dtype = lora_b.dtype
         weights = None
         if self.molora_plan[adapter_name].router != "none":
             weights = self._fixed_routing(adapter_name).weights
         layout = LAYOUTS[self.molora_plan[adapter_name].layout]
-        gated = layout.gated(lora_a.float().T, weights, self.molora_ranks[adapter_name], None)
-        delta = lora_b.float() @ gated.T.float()
-        return transpose(delta.to(lora_b.dtype), self.fan_in_fan_out)
+        gated = layout.gated(promote(lora_a).T, weights, self.molora_ranks[adapter_name], None)
+        delta = promote(lora_b) @ gated.T
+        return transpose(delta.to(dtype), self.fan_in_fan_out)
 
     def _fixed_routing(self, adapter_name: str) -> Routing:
         return route(self.router_of(adapter_name)(), self.molora_spec[adapter_name])

@@ -15,32 +15,38 @@ from molora.kernels.reference import Activation
 ACTIVATIONS: dict[str, Activation] = {"gelu": F.gelu, "silu": F.silu, "relu": F.relu}
 
 
+def _own_rows(ranks: tuple[int, ...], r: int | list[int]) -> tuple[int, tuple[int, ...]]:
+    return sum(ranks), ranks
+
+
+def _common_rows(ranks: tuple[int, ...], r: int | list[int]) -> tuple[int, tuple[int, ...]]:
+    return ranks[0], ranks
+
+
+def _crossed_rows(ranks: tuple[int, ...], r: int | list[int]) -> tuple[int, tuple[int, ...]]:
+    assert isinstance(r, list | tuple)  # checked with the config: a pair of numbers
+    rows, columns = r
+    return rows, (columns,)
+
+
 @dataclass(frozen=True)
 class Layout:
     """One way to share the matrices of a bank.
 
     Attributes:
         gated: From the hidden to what B is multiplied with.
-        rows: Rows of A, given the ranks of the experts and `r` of the config.
-        columns: Columns of B, likewise.
-        blocks: Columns of B that belong together when it is drawn.
+        sizes: From the ranks of the experts and `r` of the config to the rows of A, and the columns of B as blocks of
+            those that belong together when it is drawn.
     """
 
     gated: Callable[[Tensor, Tensor | None, RankMap, Activation | None], Tensor]
-    rows: Callable[[tuple[int, ...], int | list[int]], int] = lambda ranks, r: sum(ranks)
-    columns: Callable[[tuple[int, ...], int | list[int]], int] = lambda ranks, r: sum(ranks)
-    blocks: Callable[[tuple[int, ...], int | list[int]], tuple[int, ...]] = lambda ranks, r: ranks
+    sizes: Callable[[tuple[int, ...], int | list[int]], tuple[int, tuple[int, ...]]] = _own_rows
 
 
 LAYOUTS: dict[str, Layout] = {
     "separate": Layout(separate),
-    "shared_A": Layout(shared_a, rows=lambda ranks, r: ranks[0]),
-    "pairs": Layout(
-        pairs,
-        rows=lambda ranks, r: r[0],  # type: ignore[index]  # checked: a pair of numbers
-        columns=lambda ranks, r: r[1],  # type: ignore[index]
-        blocks=lambda ranks, r: (r[1],),  # type: ignore[index]
-    ),
+    "shared_A": Layout(shared_a, _common_rows),
+    "pairs": Layout(pairs, _crossed_rows),
     "factors": Layout(factors),
     "shards": Layout(separate),
 }

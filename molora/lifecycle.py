@@ -15,6 +15,7 @@ from molora.bank import MoLoraLayer
 from molora.config import MoLoraConfig
 from molora.errors import MoloraError
 from molora.groups import RoutingGroup
+from molora.imported import LORAS
 from molora.plan import ModulePlan, plan_module
 from molora.targets import text_config
 
@@ -186,12 +187,14 @@ def _rebuild(model: nn.Module, adapter_name: str, fields: dict[str, Any], order_
         trained = [parameter.requires_grad for parameter in others]
         group = _successor(old.group, groups)
         layer.update_layer(adapter_name, start, grown, group, inference_mode=config.inference_mode)
-        layer.molora_before[adapter_name] = old.before
+        if old.before is not None:
+            layer.molora_before[adapter_name] = old.before
         old.restore(layer, adapter_name, order_of(plan))
         for parameter, trains in zip(others, trained, strict=True):
             parameter.requires_grad_(trains)
     for name, value in fields.items():
         setattr(config, name, value)
+    vars(config).pop(LORAS, None)  # they no longer are what the config says
 
 
 def _parameters_of_others(layer: MoLoraLayer, adapter_name: str) -> list[nn.Parameter]:
@@ -213,7 +216,7 @@ class _Snapshot:
     def __init__(self, layer: MoLoraLayer, name: str) -> None:
         self.plan: ModulePlan = layer.molora_plan[name]
         self.group = layer.molora_group.get(name)
-        self.before = layer.molora_before.get(name, [])
+        self.before = layer.molora_before.get(name)
         self.matrices = [matrix.detach().clone() for matrix in layer.matrices(name)]
         self.bias = _bank_bias(layer, name)
         parts = ("molora_router", "molora_threshold", "molora_blend", "molora_bias")
@@ -239,7 +242,7 @@ class _Snapshot:
 
     def _restore_dtypes(self, layer: MoLoraLayer, name: str) -> None:
         """New parts come in the dtype of the base layer, and trained ones are often kept in a finer one."""
-        for downs, ups, _ in layer._banks(name):
+        for downs, ups, _ in layer.banks(name):
             downs.to(self.matrices[0].dtype)
             ups.to(self.matrices[1].dtype)
         for part, old in self.parts.items():
@@ -249,7 +252,7 @@ class _Snapshot:
     def _restore_bank(self, layer: MoLoraLayer, name: str, order: Sequence[int | None]) -> None:
         rows = _rank_order(self.plan, layer.molora_plan[name], order)
         start = 0
-        for downs, ups, _ in layer._banks(name):
+        for downs, ups, _ in layer.banks(name):
             size = ups.weight.shape[1]
             part = rows[start : start + size]
             if self.plan.layout == "shared_A":
@@ -263,7 +266,7 @@ class _Snapshot:
 
 
 def _bank_bias(layer: MoLoraLayer, name: str) -> Tensor | None:
-    biases = [downs.bias for downs, _, _ in layer._banks(name) if downs.bias is not None]
+    biases = [downs.bias for downs, _, _ in layer.banks(name) if downs.bias is not None]
     return torch.cat([bias.detach().clone() for bias in biases]) if biases else None
 
 

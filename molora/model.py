@@ -17,7 +17,9 @@ from molora.bank import MoLoraLayer
 from molora.block import MoLoraBlock
 from molora.calls import scope_of
 from molora.config import MoLoraConfig
+from molora.imported import LORAS
 from molora.layer import MoLoraLinear, cannot_merge
+from molora.loading import check_base, load_experts
 from molora.placement import Placement, restrict_layers
 from molora.plan import ModulePlan, plan_module, routing_reads
 from molora.row_adapters import adapters_by_row
@@ -44,6 +46,9 @@ class MoLoraModel(BaseTuner):
 
     def _prepare_model(self, peft_config: MoLoraConfig, model: nn.Module) -> None:
         # The last hook before modules are replaced: nothing is half-done if the targets turn out wrong.
+        loras = getattr(peft_config, LORAS, None)
+        if loras is not None:
+            check_base(model, loras)
         check_targets(peft_config, model)
         _maybe_include_all_linear_layers(peft_config, model)
         sizes = text_config(model)
@@ -89,8 +94,9 @@ class MoLoraModel(BaseTuner):
         layer.routing_scope = self._scope
         if adapter_name in layer.molora_pool:
             place.pools[place.kind(current_key, target)] = layer.molora_pool[adapter_name]
-        layer.molora_before[adapter_name] = list(place.previous)
-        place.previous = [layer]
+        if place.previous is not None:
+            layer.molora_before[adapter_name] = place.previous
+        place.previous = layer
 
     def _new_layer(
         self,
@@ -113,6 +119,14 @@ class MoLoraModel(BaseTuner):
             config.fan_in_fan_out = is_conv1d
         quantization = get_quantization_kwargs(self.model)
         return MoLoraLinear(target, adapter_name, config, plan, module_key=key, **shared, **quantization)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Put an adapter on the model; one that was made from trained adapters starts with their weights."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config = self.peft_config[adapter_name]
+        loras = getattr(config, LORAS, None)
+        if loras is not None:
+            load_experts(model, adapter_name, config, loras)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model, with its hooks: they tell the adapted layers that a call begins."""
@@ -150,7 +164,9 @@ class MoLoraModel(BaseTuner):
     ) -> Any:
         if merge:
             self._refuse_routed(adapter_names)
-        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        self._scope.detach()
+        return model
 
     def _refuse_routed(self, adapter_names: list[str] | None) -> None:
         # Before the first weight is touched: a layer that refuses in the middle would leave the others merged.

@@ -33,7 +33,7 @@ class Placement:
         self.groups: dict[Any, RoutingGroup] = {}
         self.pools: dict[Any, ShardPool] = {}
         self.kinds: dict[Any, list[str]] = defaultdict(list)
-        self.previous: list[Any] = []
+        self.previous: MoLoraLayer | None = None
 
     def expect(self, targets: Iterable[tuple[str, nn.Module]], linears: Iterable[str] = ()) -> None:
         """Look at the modules that will be adapted, before the first one is.

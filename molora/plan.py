@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from molora.config import MoLoraConfig
 from molora.experts import lora_scale
@@ -30,8 +30,11 @@ class ModulePlan:
         after: The experts read the module's output.
         activation: Name in `ACTIVATIONS`, or `None`.
         num_splits: Parts of input and output with weights of their own.
+        num_tasks: Tasks the router knows, if it reads them.
         position: Which of the adapted modules of its kind this is, counted from 0; for `layout="shards"`.
         of_kind: How many modules there are of its kind.
+        reads: What the weights depend on: `input`, `hidden`, `task`, `scores`, `state`; empty if they are fixed.
+        per_sequence: Whether one decision holds for all tokens of a row.
     """
 
     r: int | list[int]
@@ -47,23 +50,23 @@ class ModulePlan:
     after: bool = False
     activation: str | None = None
     num_splits: int = 1
+    num_tasks: int = 1
     position: int = 0
     of_kind: int = 1
+    reads: frozenset[str] = field(init=False)
+    per_sequence: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        # Asked for in every forward pass.
+        reads = _reads(self.router, self.spec)
+        by_row = self.level == "sequence" or not reads & {"input", "hidden", "state"}
+        object.__setattr__(self, "reads", reads)
+        object.__setattr__(self, "per_sequence", self.router != "none" and by_row)
 
     @property
     def bank_experts(self) -> int:
         """Experts of the bank, shared ones included."""
         return len(self.ranks)
-
-    @property
-    def reads(self) -> frozenset[str]:
-        """What the weights depend on: `input`, `hidden`, `task`, `scores`, `state`; empty if they are fixed."""
-        return _reads(self.router, self.spec)
-
-    @property
-    def per_sequence(self) -> bool:
-        """Whether one decision holds for all tokens of a row."""
-        return self.router != "none" and (self.level == "sequence" or not self.reads & {"input", "hidden", "state"})
 
 
 def plan_module(
@@ -101,6 +104,7 @@ def plan_module(
         after=config.adapter_position == "after",
         activation=config.expert_activation,
         num_splits=config.num_splits,
+        num_tasks=config.num_tasks or 1,
         position=kind[0],
         of_kind=kind[1],
     )

@@ -247,11 +247,22 @@ def fill(text):
     return textwrap.fill(" ".join(text.split()), WIDTH, break_long_words=False, break_on_hyphens=False)
 
 
+def defaults():
+    """What fields have that a preset does not name; those that are empty or tell PEFT where to look are left out."""
+    config = MoLoraConfig()
+    values = {entry.name: getattr(config, entry.name) for entry in MoLoraConfig.user_fields()}
+    named = ", ".join(
+        f"`{name}: {json.dumps(value)}`" for name, value in values.items() if value not in (None, {}, [])
+    )
+    yield fill(f"Defaults of `MoLoraConfig`, the others being empty: {named}.") + "\n"
+
+
 def generated():
     """The whole part."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return "\n".join(line for names in METHODS.values() for name in names for line in section(name))
+        sections = [line for names in METHODS.values() for name in names for line in section(name)]
+        return "\n".join([*defaults(), *sections])
 
 
 def main():

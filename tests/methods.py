@@ -146,9 +146,9 @@ def state_of(layer, adapter="default"):
             if name.startswith("molora_") and f".{adapter}." in name:
                 state.setdefault(name.replace(f".{adapter}.", "."), value)
     for kind, bank in (("A", layer.molora_A), ("B", layer.molora_B)):
-        pool = getattr(bank[adapter], "_pool", None) if adapter in bank else None
+        pool = getattr(bank[adapter], "pool", None) if adapter in bank else None
         if pool is not None:
-            state[f"molora_pool.weight_{kind}"] = getattr(pool[0], f"weight_{kind}").detach()
+            state[f"molora_pool.weight_{kind}"] = getattr(pool, f"weight_{kind}").detach()
     return {name: value.double() if value.is_floating_point() else value for name, value in state.items()}
 
 

@@ -17,12 +17,12 @@ from molora import MoLoraConfig
 from molora.compose import compose, lorahub
 from molora.compose.bank import diversity, select_experts
 from molora.compose.lorahub import search_weights, static_routers
-from molora.compose.prototypes import arrow_prototype
 from molora.compose.shots import encode_shots, read_shots, score_candidates, shot_loss
 from molora.data import Example
 from molora.errors import ConfigError, DataError, MoloraError
 from molora.imported import description_mistakes, expert_at
 from molora.imported.folder import ImportedLora, read_lora, read_loras
+from molora.prototypes import arrow_prototype
 
 ATTENTION = "model.layers.{}.self_attn.{}_proj"
 MIXED: list[dict[str, Any]] = [
@@ -598,3 +598,32 @@ def test_every_way_to_mix_reloads_and_generates(folders: list[Path], tmp_path: P
     assert config.frozen_experts == (0 if preset == "lora-bank" else 4)
     cached, whole = (again.generate(input_ids=IDS, max_new_tokens=4, use_cache=cache) for cache in (True, False))
     assert torch.equal(cached, whole)
+
+
+def test_a_config_made_from_adapters_brings_their_weights_to_any_model(folders: list[Path], tmp_path: Path) -> None:
+    config = MoLoraConfig.from_adapters(folders, preset="selma", task_type="CAUSAL_LM")
+    composed = compose(tiny_llama(), folders, preset="selma").eval()
+    ids = torch.arange(5, 15).reshape(2, 5)
+    with torch.no_grad():
+        expected = composed(input_ids=ids).logits
+        for _ in range(2):
+            model = get_peft_model(tiny_llama(), config).eval()
+            assert torch.equal(model(input_ids=ids).logits, expected)
+        model.add_adapter("second", config)
+        model.set_adapter("second")
+        assert torch.equal(model(input_ids=ids).logits, expected)
+        model.delete_adapter("second")
+        model.save_pretrained(tmp_path)
+        assert "imported_loras" not in (tmp_path / "adapter_config.json").read_text()
+        loaded = PeftModel.from_pretrained(tiny_llama(), str(tmp_path)).eval()
+        assert torch.equal(loaded(input_ids=ids).logits, expected)
+
+
+@pytest.mark.parametrize("preset", ["x-lora", "self-moe", "selma", "lora-bank"])
+def test_gates_that_came_with_adapters_concern_no_other_router(preset: str, tmp_path: Path) -> None:
+    folder = save_lora(tmp_path / "lora", r=3, target_modules=["q_proj"])
+    gate = compose(tiny_llama(), [folder], preset="phatgoose-gate")
+    gate.save_pretrained(tmp_path / "gate")
+    model = compose(tiny_llama(), [tmp_path / "gate", folder], preset=preset).eval()
+    with torch.no_grad():
+        assert model(input_ids=torch.arange(5, 10).reshape(1, 5)).logits.isfinite().all()

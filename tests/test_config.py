@@ -169,6 +169,7 @@ IMPOSSIBLE |= {
     "shards with a router": ({"expert_layout": "shards"}, ["expert_layout", "without router"]),
     "a threshold of blocks": ({**FFN}, ["selection", "without its feed-forward block"]),
     "a capacity of blocks": ({**FFN, **TOP_K, "capacity_factor": 1.0}, ["capacity_factor", "feed-forward block"]),
+    "dropout of blocks": ({**FFN, **TOP_K, "expert_dropout": 0.1}, ["expert_dropout", "feed-forward block"]),
     "a relu of blocks": ({**FFN, **TOP_K, "gate": "relu"}, ["gate", "feed-forward block"]),
     "null blocks": ({**FFN, **TOP_K, "null_experts": 1}, ["null_experts", "feed-forward block"]),
     "unequal ranks of blocks": ({**FFN, **TOP_K, "r": [2] * 8}, ["r:", "plain LoRAs outside"]),

@@ -21,8 +21,8 @@ from molora import MoLoraConfig, available_presets
 from molora.bank import MoLoraLayer
 from molora.config_checks import NAMES
 from molora.losses import LOSSES
-from molora.routing.inputs import RoutingInputs
 from molora.routing.schedules import SCHEDULED
+from molora.routing.scope import RoutingInputs
 from molora.runfile import load_run_file
 
 ROOT = Path(__file__).parent.parent

@@ -9,12 +9,13 @@ from types import SimpleNamespace
 import methods
 import pytest
 import torch
+from accelerate import cpu_offload
 from methods import SETTINGS, build, hyper_of, inputs_of, layers_of, state_of, tokens, watched
 from peft import PeftModel, save_as_lora
 from references import REFERENCES
 
 from molora import MergeError, MoloraError, available_presets
-from molora.routing.inputs import RoutingCall, RoutingInputs
+from molora.routing.scope import RoutingCall, RoutingInputs
 
 METHODS = sorted(SETTINGS)
 IN_BLOCKS = ("mixlora", "mixlora-dynamic")
@@ -145,6 +146,28 @@ def test_an_adapter_reloads_in_a_new_process_bit_for_bit(preset, tmp_path):
         assert torch.equal(low(input_ids=tokens(), **given).logits, expected)
 
 
+@pytest.mark.parametrize("preset", METHODS)
+def test_an_offloaded_adapter_gives_the_same_output(preset):
+    """Its values only exist while a module's own forward runs, as under FSDP."""
+    model = build(preset)
+    given = inputs_of(model)
+    with torch.no_grad():
+        expected = model(input_ids=tokens(), **given).logits
+        cpu_offload(model, execution_device="cpu")
+        torch.testing.assert_close(model(input_ids=tokens(), **given).logits, expected)
+
+
+@pytest.mark.parametrize("preset", IN_BLOCKS)
+def test_a_block_whose_linears_have_biases_keeps_their_dtype_under_autocast(preset):
+    model = build(preset, kind="gpt2")
+    dtypes = set()
+    for layer in layers_of(model).values():
+        layer.register_forward_hook(lambda module, args, output: dtypes.add(output.dtype))
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        model(input_ids=tokens())
+    assert dtypes == {torch.bfloat16}
+
+
 def test_all_adapters_reload_in_one_new_process(tmp_path):
     """What a folder holds is enough: a fresh interpreter, no object of this one."""
     expected = {}
@@ -266,6 +289,15 @@ def test_what_routing_needs_and_was_not_given_is_named(preset):
     what = next(iter(inputs_of(model)))
     with pytest.raises(MoloraError, match=rf"reads {what}, and none were given. Pass `{what}=`"):
         model(input_ids=tokens())
+    if what == "task_ids":
+        with pytest.raises(MoloraError, match=r"task_ids holds 3; this adapter knows 0 to 2 \(`num_tasks`\)"):
+            model(input_ids=tokens(), task_ids=torch.tensor([0, 1, 3]))
+        with pytest.raises(MoloraError, match=r"must be integers \[B\], one per row; got torch.float32"):
+            model(input_ids=tokens(), task_ids=torch.tensor([0.0, 1.0, 2.0]))
+        with torch.no_grad():
+            given = inputs_of(model)["task_ids"]
+            from_list = model(input_ids=tokens(), task_ids=given.tolist()).logits
+            assert torch.equal(from_list, model(input_ids=tokens(), task_ids=given).logits)
     with pytest.raises(MoloraError, match=rf"{what} has 2 rows and the batch 3"):
         model(input_ids=tokens(), **{what: inputs_of(model)[what][:2]})
 

@@ -298,6 +298,15 @@ def test_an_offloaded_model_gives_the_same_output():
     torch.testing.assert_close(logits(model), expected)
 
 
+@pytest.mark.parametrize("copied", [lambda model: model, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_an_unloaded_model_is_told_of_no_calls(copied):
+    model = copied(wrap("t5"))
+    base = model.unload()
+    for module in base.modules():
+        assert not module._forward_pre_hooks
+        assert not module._forward_hooks
+
+
 PATTERNS = {
     "list": ({"target_modules": ["q_proj", "v_proj"]}, {"q_proj", "v_proj"}, {0, 1}),
     "regular expression": ({"target_modules": r".*\.mlp\.(up|down)_proj"}, {"up_proj", "down_proj"}, {0, 1}),

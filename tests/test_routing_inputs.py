@@ -44,7 +44,7 @@ def test_banned_experts_are_not_used_by_the_rows_that_ban_them(preset):
         if plan.router == "none" or plan.layout in ("pairs", "shared_A"):
             continue
         start = sum(plan.ranks[:1])
-        for _, ups, _ in layer._banks("default"):
+        for _, ups, _ in layer.banks("default"):
             ups.weight.data[:, start : start + plan.ranks[1]] += 1.0
     torch.testing.assert_close(logits_of(model, expert_mask=mask)[:2], expected[:2], rtol=1e-4, atol=1e-5)
 
@@ -134,8 +134,24 @@ def test_a_routing_inputs_block_equals_the_keywords_and_the_inner_one_wins():
     expected = logits_of(model, task_ids=ids)
     with torch.no_grad(), routing_inputs(model, task_ids=ids.flip(0)), routing_inputs(model, task_ids=ids):
         assert torch.equal(model(input_ids=tokens()).logits, expected)
+    assert torch.equal(logits_of(model, task_ids=ids, expert_scores=None, expert_mask=None), expected)
     with pytest.raises(MoloraError, match="reads task_ids"), torch.no_grad():
         model(input_ids=tokens())
+
+
+@pytest.mark.parametrize(
+    ("preset", "fields"),
+    [("mixlora", {}), ("molora", {"router_sharing": "block"}), ("molora", {"router": "recurrent", "router_dim": 5})],
+)
+def test_layers_hand_over_to_each_other_where_only_a_part_of_the_model_is_called(preset, fields):
+    """As trainers with fused losses do: they call the decoder and not the whole model."""
+    model, ids = build(preset, **fields), tokens()
+    decoder = model.get_base_model().get_decoder()
+    with torch.no_grad():
+        expected = model(input_ids=ids, output_hidden_states=True).hidden_states[-1]
+        with routing_inputs(model, expert_mask=torch.ones(4, dtype=torch.bool)):
+            for _ in range(2):
+                assert torch.equal(decoder(input_ids=ids).last_hidden_state, expected)
 
 
 @pytest.mark.parametrize("second", ["mole", "smear", "pmoe", "moelora", "polytropon", "x-lora"])

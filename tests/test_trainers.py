@@ -14,6 +14,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from molora import MoLoraConfig, MoloraError
 from molora.data.collate import TaskCollator
+from molora.routing.inputs import scopes
 from molora.trainers import MoLoraSFTTrainer, MoLoraTrainer, RoutingLossMixin
 
 TRAINERS = {"transformers": (MoLoraTrainer, TrainingArguments), "sft": (MoLoraSFTTrainer, SFTConfig)}
@@ -239,6 +240,18 @@ def test_losses_that_compare_tasks_get_the_task_of_every_row(kind, tmp_path):
     logged = next(entry for entry in trainer.state.log_history if "loss" in entry)
     assert logged["molora/mutual_information"] < 0
     assert logged["molora/localized_balancing"] > 0
+
+
+@pytest.mark.parametrize(("preset", "read"), [("mole", False), ("smear", True)])
+def test_prompts_reach_only_routing_that_reads_them(preset, read, tmp_path):
+    """Checking them waits for the device, in every step."""
+    model = adapted(preset)
+    trainer = trainer_for("sft", tmp_path, model, max_steps=1)
+    [scope] = scopes(model)
+    given = []
+    model.register_forward_pre_hook(lambda *_: given.append(scope.inputs.prompt_mask is not None))
+    trainer.train()
+    assert given == [read]
 
 
 @pytest.mark.parametrize("kind", TRAINERS)

@@ -191,8 +191,11 @@ class RoutingLossMixin:
     def _given(self, inputs: Any) -> AbstractContextManager[None]:
         """A block in which the layers find the routing columns of a batch."""
         given: dict[str, Any] = dict(self._columns)
-        if not getattr(self.model.config, "is_encoder_decoder", False):  # whose labels belong to other tokens
+        found = scopes(self.model)
+        # Checking a mask waits for the device, so none is given where nothing reads it. An encoder-decoder's labels
+        # belong to other tokens.
+        if any(scope.always for scope in found) and not getattr(self.model.config, "is_encoder_decoder", False):
             prompt = prompt_of_batch(inputs)
             if prompt is not None:
                 given.setdefault(PROMPT_MASK, prompt)
-        return routing_inputs(self.model, **given) if given and scopes(self.model) else nullcontext()
+        return routing_inputs(self.model, **given) if given and found else nullcontext()

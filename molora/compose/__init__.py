@@ -9,7 +9,6 @@ from typing import Any
 from peft import PeftModel, get_peft_model
 
 from molora.compose.bank import diversity, select_experts
-from molora.compose.load import check_base, load_experts
 from molora.compose.lorahub import lorahub
 from molora.compose.shots import read_shots, score_candidates
 from molora.config import MoLoraConfig
@@ -44,12 +43,9 @@ def compose(
         >>> model = compose(base_model, ["loras/sums", "loras/dates"], preset="arrow")  # doctest: +SKIP
         >>> model.save_pretrained("mixture")  # doctest: +SKIP
     """
-    loras = read_loras(adapters)
-    config = config_from_adapters(MoLoraConfig, loras, preset, overrides)
-    check_base(base_model, loras)
+    config = config_from_adapters(MoLoraConfig, adapters, preset, overrides)
     model = get_peft_model(base_model, config, adapter_name=adapter_name)
     assert isinstance(model, PeftModel)
-    load_experts(model, adapter_name, loras)
     return model
 
 
@@ -58,7 +54,6 @@ __all__ = [
     "compose",
     "config_from_adapters",
     "diversity",
-    "load_experts",
     "lorahub",
     "read_lora",
     "read_loras",

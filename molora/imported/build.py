@@ -10,6 +10,9 @@ from molora.errors import ConfigError, Problem
 from molora.imported.folder import ImportedLora, read_loras
 from molora.presets import preset_fields
 
+LORAS = "imported_loras"
+"""Attribute of a config that was built from adapters: the adapters, whose weights a model with it starts from."""
+
 Config = TypeVar("Config", bound=Any)
 """`MoLoraConfig`; not imported, since its `from_adapters` calls this module."""
 
@@ -77,6 +80,8 @@ def config_from_adapters(
     problems = [*_inexact(config), *_unequal_ranks(config, loras), *_missing_gates(config, loras)]
     if problems:
         raise ConfigError(problems, "adapters that this mixture cannot hold")
+    # Beside the fields, so that it is never saved: whoever puts the config on a model finds the weights here.
+    setattr(config, LORAS, loras)
     return config
 
 

@@ -49,16 +49,7 @@ def localized_balancing(
     """
     given, real = as_linears(probabilities, mask)
     num_experts = given.shape[-1]
-    if num_experts % groups:
-        raise MoloraError(
-            f"localized_balancing cuts the experts into {groups} equal groups, which {num_experts} experts do not "
-            "allow; change `groups` or `num_experts`."
-        )
-    if bool(((task_ids < 0) | (task_ids >= groups)).any()):
-        raise MoloraError(
-            f"localized_balancing has {groups} groups of experts, so task_ids must lie in 0..{groups - 1}; got "
-            f"{sorted(set(task_ids.tolist()))}. Give `groups` as the number of kinds, or relabel the task_ids column."
-        )
+    _check_groups(num_experts, task_ids, groups)
     lengths = real.sum(dim=-1)
     mean = (given * real.unsqueeze(-1)).sum(dim=-2) / lengths.clamp(min=1).unsqueeze(-1)  # [L, B, E]
     group = torch.arange(num_experts, device=given.device) // (num_experts // groups)
@@ -70,3 +61,16 @@ def localized_balancing(
     centre = centre.reshape(-1)
     scale = centre.square() if form == "cv2" else centre
     return (variance / scale.clamp(min=torch.finfo(given.dtype).tiny)).mean()
+
+
+def _check_groups(num_experts: int, task_ids: Tensor, groups: int) -> None:
+    if num_experts % groups:
+        raise MoloraError(
+            f"localized_balancing cuts the experts into {groups} equal groups, which {num_experts} experts do not "
+            "allow; change `groups` or `num_experts`."
+        )
+    if bool(((task_ids < 0) | (task_ids >= groups)).any()):
+        raise MoloraError(
+            f"localized_balancing has {groups} groups of experts, so task_ids must lie in 0..{groups - 1}; got "
+            f"{sorted(set(task_ids.tolist()))}. Give `groups` as the number of kinds, or relabel the task_ids column."
+        )

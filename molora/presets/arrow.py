@@ -13,8 +13,8 @@ def arrow() -> dict[str, Any]:
     prototypes follow from them and are not trained.
     Differs from PEFT's: the singular vectors are exact, not from 15 power iterations; ranks and target modules may
     differ; nothing of size tokens x experts x outputs is built. x is not normalised, as in the code (its docstring
-    says cosine). GenKnowSub, which subtracts a general adapter from the factors, is not offered. With two adapters,
-    set `top_k=2`.
+    says cosine). GenKnowSub, which subtracts a general adapter from the factors, is not offered. With fewer than
+    three adapters composing keeps all of them.
     """
     return {
         "router": "arrow",

@@ -8,7 +8,8 @@ def perft() -> dict[str, Any]:
 
     PERFT-R (arXiv 2411.08212): `y = MoE(h) + Σ_{j∈top-k} p_j (α/r) B_j A_j h`, `p = softmax(W h)` in fp32 with a
     router of its own that reads the block's input h; an expert goes around the whole block, hidden size to hidden
-    size. Weights are renormalised only where the base model does so with its own (`norm_topk_prob`; OLMoE: not).
+    size. The paper renormalises the weights where the base model does so with its own: OLMoE does not, as here; set
+    `renormalize=True` for Mixtral, and for models whose config has `norm_topk_prob=True`.
 
     Defaults: 4 experts of rank 16, alpha 32, top 2, dropout 0.05, balancing loss 1e-2, router from N(0, 0.02); from
     notes on a derived copy of the code. `target_modules` is the name of the block, `mlp` in OLMoE, Mixtral and

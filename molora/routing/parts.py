@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from molora.routing.precision import promote
 from molora.routing.routers.base import linear, parameter, uniform_
 
 
@@ -69,10 +70,6 @@ class Blend(nn.Module):
         self.token = parameter(1)
         self.output = parameter(1)
 
-    def mix(self) -> Tensor:
-        """Share of the router, `[1]`."""
-        return torch.sigmoid(100 * self.token)
-
-    def forward(self) -> Tensor:
-        """Factor of the experts' output, `[1]`."""
-        return torch.sigmoid(100 * self.output)
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """Return the share of the router and the factor of the experts' output, both `[1]`."""
+        return torch.sigmoid(100 * promote(self.token)), torch.sigmoid(100 * promote(self.output))

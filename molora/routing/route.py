@@ -66,6 +66,11 @@ class Routing:
     threshold: Tensor | None = None
     per_sequence: bool = False
 
+    @property
+    def is_fixed(self) -> bool:
+        """Whether the weights were given, so that nothing was selected; see `fixed`."""
+        return self.weights is self.logits
+
     def rows(self, index: Tensor) -> Routing:
         """The same decision about other rows; one that has no rows stays as it is.
 
@@ -85,7 +90,6 @@ class RoutingExtras:
     Attributes:
         threshold_logit: `[..., 1]`, the threshold net's output.
         bias: `[E]`, the balancing bias: experts are ranked with it.
-        noise_scale: `[..., E]`, standard deviation of learned logit noise.
         scores: External scores, such as similarities to a prompt.
         allowed: Boolean, false for banned experts; at least one per token is allowed.
         mix: `[1]`, share of the router in `weights="blend"`.
@@ -95,7 +99,6 @@ class RoutingExtras:
 
     threshold_logit: Tensor | None = None
     bias: Tensor | None = None
-    noise_scale: Tensor | None = None
     scores: Tensor | None = None
     allowed: Tensor | None = None
     mix: Tensor | None = None
@@ -164,8 +167,6 @@ def _modified(logits: Tensor, spec: RoutingSpec, extras: RoutingExtras) -> Tenso
         logits = normalize_logits(logits, spec.logit_norm)
     if extras.training and spec.router_noise:
         logits = logits + spec.router_noise * torch.randn_like(logits)
-    if extras.training and extras.noise_scale is not None:
-        logits = logits + extras.noise_scale * torch.randn_like(logits)
     if extras.allowed is not None and (spec.gate in SUMS_TO_ONE or spec.selection == "sparsemixer"):
         logits = logits.masked_fill(~extras.allowed, -torch.inf)
     return logits

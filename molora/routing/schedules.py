@@ -39,20 +39,33 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _share(value: Any) -> bool:
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_share(value: Any) -> bool:
     return _is_number(value) and 0 < value <= 1
 
 
+def _is_positive(value: Any) -> bool:
+    return _is_number(value) and value > 0
+
+
+def _is_scale(value: Any) -> bool:
+    return _is_number(value) and value >= 0
+
+
+def _is_rate(value: Any) -> bool:
+    return _is_number(value) and 0 <= value < 1
+
+
 SCHEDULED: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "top_k": (
-        lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 1,
-        "an integer from 1",
-    ),
-    "top_p": (_share, "a number in (0, 1]"),
-    "temperature": (lambda value: _is_number(value) and value > 0, "a number above 0"),
-    "threshold": (_share, "a number in (0, 1]"),
-    "router_noise": (lambda value: _is_number(value) and value >= 0, "a number of at least 0"),
-    "expert_dropout": (lambda value: _is_number(value) and 0 <= value < 1, "a number in [0, 1)"),
+    "top_k": (_is_count, "an integer from 1"),
+    "top_p": (_is_share, "a number in (0, 1]"),
+    "temperature": (_is_positive, "a number above 0"),
+    "threshold": (_is_share, "a number in (0, 1]"),
+    "router_noise": (_is_scale, "a number of at least 0"),
+    "expert_dropout": (_is_rate, "a number in [0, 1)"),
 }
 """The fields that may have a schedule, what values they take, and how to say so."""
 
@@ -112,5 +125,5 @@ def _problems_of_one(field: str, schedule: Mapping[str, Any]) -> Iterator[str]:
         yield f"shape: {one_of(shape, SHAPES)}"
     elif shape == "exponential" and 0 in (schedule.get("start"), schedule.get("end")):
         yield "shape: 'exponential' never reaches or leaves 0; use 'linear' or 'cosine', or a small number."
-    if not _share(schedule.get("until", 1.0)):
+    if not _is_share(schedule.get("until", 1.0)):
         yield f"until: got {schedule['until']!r}; must be a share of all steps, in (0, 1]."

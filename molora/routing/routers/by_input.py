@@ -160,18 +160,14 @@ class RecurrentRouter(Router):
         self.bias_hh = parameter(3 * size.dim)
         self.weight = parameter(size.num_experts, size.dim)
 
-    def step(self, given: RouterInput) -> tuple[Tensor, Tensor]:
-        """Map `[..., in]` and the state `[..., h]` to logits `[..., E]` and the new state."""
+    def forward(self, given: RouterInput) -> tuple[Tensor, Tensor]:
+        """Map `[..., in]` and the state `[..., h]` to logits `[..., E]` and the state for the next layer."""
         x = linear(_features(given), self.projection)
         state = x.new_zeros(x.shape) if given.state is None else given.state.to(x.dtype)
         weights = [w.to(x.dtype) for w in (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)]
         with full_precision(x):
             new = torch.gru_cell(x.flatten(0, -2), state.flatten(0, -2), *weights).reshape(x.shape)
         return linear(new, self.weight), new
-
-    def forward(self, given: RouterInput) -> tuple[Tensor, Tensor]:
-        """Logits `[..., E]` and the state for the next layer, `[..., h]`."""
-        return self.step(given)
 
     def reset_parameters(self, init: str, init_range: float) -> None:
         """Draw everything as `nn.GRU` and `nn.Linear` do, the rows of the logits as asked."""

@@ -97,12 +97,11 @@ class DomainRouter(Router):
         self.noise = parameter(size.num_tasks, size.num_experts, size.in_features)
 
     def forward(self, given: RouterInput) -> Tensor:
-        """Map `[..., in]` to `[..., E]`, without the noise."""
-        return self._product(given, self.weight)
-
-    def noise_scale(self, given: RouterInput) -> Tensor:
-        """Standard deviation of the noise, `[..., E]`."""
-        return F.softplus(self._product(given, self.noise))
+        """Map `[..., in]` to `[..., E]`."""
+        logits = self._product(given, self.weight)
+        if not self.training:
+            return logits
+        return logits + F.softplus(self._product(given, self.noise)) * torch.randn_like(logits)
 
     def by_expert(self) -> dict[str, tuple[Tensor, int]]:
         """The rows and the noise of every domain."""

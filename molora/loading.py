@@ -10,9 +10,10 @@ from peft.tuners.tuners_utils import _get_in_out_features
 from torch import Tensor, nn
 
 from molora.bank import MoLoraLayer
-from molora.compose.prototypes import arrow_prototype
+from molora.config import MoLoraConfig
 from molora.errors import ConfigError, MoloraError, Problem
 from molora.imported import ImportedLora
+from molora.prototypes import arrow_prototype
 
 
 def check_base(base_model: nn.Module, loras: Sequence[ImportedLora]) -> None:
@@ -43,29 +44,31 @@ def check_base(base_model: nn.Module, loras: Sequence[ImportedLora]) -> None:
 
 
 @torch.no_grad()
-def load_experts(model: Any, adapter_name: str, loras: Sequence[ImportedLora]) -> None:
+def load_experts(model: nn.Module, adapter_name: str, config: MoLoraConfig, loras: Sequence[ImportedLora]) -> None:
     """Copy the adapters into the bank of every adapted linear, in their order, and set the routers they determine.
 
     Args:
         model: A model whose adapter was made from the config that `config_from_adapters` built from these adapters.
         adapter_name: Name of that adapter.
+        config: Its config.
         loras: The adapters; experts beyond them keep their initial values.
 
     Raises:
         MoloraError: If a module that an adapter changes is not adapted, so that the result would not be exact.
     """
     layers = dict(_adapted(model, adapter_name))
+    if any(p.is_meta for layer in layers.values() for p in layer.parameters()):
+        return  # only the shapes are asked for, or a checkpoint will bring the values
     missing = sorted({module for lora in loras for module in lora.factors} - layers.keys())
     if missing:
         raise MoloraError(
             f"an adapter changes {missing[0]!r}, which is not adapted in this model, as are {len(missing) - 1} more; "
             "leave out `target_modules` and `exclude_modules`, they follow from the adapters."
         )
-    config = model.peft_config[adapter_name]
     for module, layer in layers.items():
         factors = [lora.factors.get(module) for lora in loras]
         _fill_bank(layer, adapter_name, factors, config.frozen_experts)
-        rows = _router_rows(config.router, loras, module)
+        rows = _router_rows(config, loras, module)
         if rows is not None:
             weight = layer.molora_router[adapter_name].weight
             for index, row in enumerate(rows):
@@ -95,11 +98,12 @@ def _fill_bank(
         getattr(layer, prefix + "B")[adapter_name].weight[:, : len(a)] = b
 
 
-def _router_rows(router: str, loras: Sequence[ImportedLora], module: str) -> list[Tensor | None] | None:
+def _router_rows(config: MoLoraConfig, loras: Sequence[ImportedLora], module: str) -> list[Tensor | None] | None:
     """Return a router's row for each expert, None for one that lacks this linear; None if nothing determines them."""
-    if router == "arrow":
+    if config.router == "arrow":
         pairs = [lora.factors.get(module) for lora in loras]
         return [None if pair is None else arrow_prototype(pair[0], pair[1]) for pair in pairs]
-    if any(lora.gates for lora in loras):
+    gates_are_rows = config.router == "prototype" or (config.router == "linear" and config.num_experts == 1)
+    if gates_are_rows and any(lora.gates for lora in loras):
         return [lora.gates.get(module) for lora in loras]
     return None
