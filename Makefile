@@ -9,7 +9,7 @@ quickstart: $(VENV)/quickstart.done
 	$(VENV)/bin/molora train configs/quickstart.yaml $(ARGS)
 
 test: $(VENV)/test.done
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 lint: $(VENV)/dev.done
 	$(VENV)/bin/ruff check .
