@@ -14,3 +14,12 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Folders of LoRAs that differ in rank, alpha, scaling, patterns and targets."""
+    from loras import MIXED, save_lora
+
+    root = tmp_path_factory.mktemp("loras")
+    return [save_lora(root / f"lora{seed}", seed, **fields) for seed, fields in enumerate(MIXED)]

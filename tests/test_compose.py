@@ -1,18 +1,17 @@
-"""Trained adapters as experts: read exactly or refused, selected, searched, and composed without changing them."""
+"""Trained adapters as experts: selected, searched, and composed without changing them."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import ArrowConfig, LoraConfig, PeftModel, create_arrow_model, get_peft_model
+from loras import ATTENTION, IDS, save_lora
+from peft import ArrowConfig, PeftModel, create_arrow_model, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
 
-import molora_cli
 from molora import MoLoraConfig
 from molora.compose import compose, lorahub
 from molora.compose.bank import diversity, select_experts
@@ -20,167 +19,8 @@ from molora.compose.lorahub import search_weights, static_routers
 from molora.compose.shots import encode_shots, read_shots, score_candidates, shot_loss
 from molora.data import Example
 from molora.errors import ConfigError, DataError, MoloraError
-from molora.imported import description_mistakes, expert_at
 from molora.imported.folder import ImportedLora, read_lora, read_loras
 from molora.prototypes import arrow_prototype
-
-ATTENTION = "model.layers.{}.self_attn.{}_proj"
-MIXED: list[dict[str, Any]] = [
-    {"r": 4, "lora_alpha": 12, "target_modules": ["q_proj", "v_proj"]},
-    {"r": 3, "lora_alpha": 5, "use_rslora": True, "target_modules": ["q_proj", "down_proj"]},
-    {
-        "r": 2,
-        "lora_alpha": 16,
-        "target_modules": ["q_proj", "v_proj", "up_proj"],
-        "rank_pattern": {"layers.1.self_attn.q_proj": 5, "up_proj": 1},
-        "alpha_pattern": {r".*\.0\.self_attn\.v_proj": 7},
-        "use_rslora": True,
-    },
-    {"r": 8, "lora_alpha": 8, "target_modules": "all-linear", "layers_to_transform": None},
-]
-"""Unequal rank, alpha, scaling, patterns and targets."""
-
-
-def save_lora(folder: Path, seed: int = 0, model: Any = None, **fields: Any) -> Path:
-    """Save a LoRA with random factors, as if it had been trained."""
-    base = tiny_llama() if model is None else model
-    torch.manual_seed(seed)
-    peft_model = get_peft_model(base, LoraConfig(init_lora_weights=False, **fields))
-    peft_model.save_pretrained(folder)
-    # Random initial factors are for tests only; what trained adapters say is True.
-    edit_config(folder, init_lora_weights=True)
-    return folder
-
-
-def edit_config(folder: Path, **fields: Any) -> None:
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    root = tmp_path_factory.mktemp("loras")
-    return [save_lora(root / f"lora{seed}", seed, **fields) for seed, fields in enumerate(MIXED)]
-
-
-def test_a_lora_is_read_as_peft_loads_it(folders: list[Path]) -> None:
-    for folder, lora in zip(folders, read_loras(folders), strict=True):
-        peft_model = PeftModel.from_pretrained(tiny_llama(), str(folder))
-        layers = {
-            name.removeprefix("base_model.model."): module
-            for name, module in peft_model.named_modules()
-            if "default" in getattr(module, "lora_A", {})
-        }
-        assert lora.name == folder.name
-        assert lora.factors.keys() == layers.keys()
-        for name, (a, b, scale) in lora.factors.items():
-            torch.testing.assert_close(scale * b @ a, layers[name].get_delta_weight("default"))
-            assert scale == layers[name].scaling["default"]
-            assert expert_at(lora.description, name) == (layers[name].r["default"], scale)
-
-
-def test_rank_is_zero_where_an_adapter_changes_nothing(folders: list[Path]) -> None:
-    description = read_lora(folders[0]).description
-    assert expert_at(description, ATTENTION.format(0, "k")) == (0, 0.0)
-    assert expert_at(description, ATTENTION.format(0, "q")) == (4, 3.0)
-    assert json.loads(json.dumps(description)) == description
-    assert not list(description_mistakes([description]))
-
-
-@pytest.mark.parametrize(
-    ("change", "fragment"),
-    [
-        ({"r": 0}, "`r` is 0"),
-        ({"r": True}, "`r` is True"),
-        ({"rank_patern": {}}, "Did you mean 'rank_pattern'?"),
-        ({"target_modules": "q_proj"}, "must be a list of full module names"),
-    ],
-)
-def test_mistakes_in_a_description(folders: list[Path], change: dict[str, Any], fragment: str) -> None:
-    description = read_lora(folders[0]).description | change
-    assert any(fragment in mistake for mistake in description_mistakes([description]))
-
-
-@pytest.mark.parametrize(
-    ("fields", "fragment"),
-    [
-        ({"use_dora": True}, "use_dora: got True"),
-        ({"lora_bias": True}, "lora_bias"),
-        ({"bias": "lora_only"}, "must be 'none'"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
-        ({"target_parameters": ["w"]}, "target_parameters"),
-        ({"layer_replication": [[0, 1]]}, "layer_replication"),
-        ({"init_lora_weights": "pissa"}, "path_initial_model_for_weight_conversion"),
-        ({"init_lora_weights": "pissa_niter_4"}, "changed the base weight"),
-        ({"init_lora_weights": "olora"}, "changed the base weight"),
-        ({"init_lora_weights": "corda"}, "changed the base weight"),
-        ({"init_lora_weights": "lora_ga"}, "changed the base weight"),
-        ({"init_lora_weights": "loftq"}, "changed the base weight"),
-        ({"alora_invocation_tokens": [1, 2]}, "activated LoRA"),
-        ({"use_of_the_future": {"a": 1}}, "does not know the field"),
-        ({"peft_type": "LOHA"}, "got 'LOHA'"),
-        ({"r": 5}, "says 5"),
-    ],
-)
-def test_what_is_no_sum_of_b_a_is_refused(tmp_path: Path, fields: dict[str, Any], fragment: str) -> None:
-    folder = save_lora(tmp_path / "lora", r=4, target_modules=["q_proj"])
-    edit_config(folder, **fields)
-    with pytest.raises(ConfigError) as caught:
-        read_lora(folder)
-    assert fragment in str(caught.value)
-    assert str(folder) in str(caught.value)
-
-
-@pytest.mark.parametrize("init", [True, "gaussian", "orthogonal", "eva", "mica"])
-def test_inits_that_leave_the_base_weight_alone_are_read(tmp_path: Path, init: Any) -> None:
-    folder = save_lora(tmp_path / "lora", r=4, target_modules=["q_proj"])
-    edit_config(folder, init_lora_weights=init, velora_config={"scale": 1.0})
-    assert len(read_lora(folder).factors) == 2
-
-
-@pytest.mark.parametrize(
-    ("fields", "fragment"),
-    [
-        ({"target_modules": ["q_proj", "embed_tokens"]}, "lora_embedding_A"),
-        ({"target_modules": ["q_proj"], "use_dora": True}, "lora_magnitude_vector"),
-        ({"target_modules": ["q_proj"], "lora_bias": True}, "lora_B.bias"),
-    ],
-)
-def test_tensors_that_are_no_factor_are_refused(tmp_path: Path, fields: dict[str, Any], fragment: str) -> None:
-    folder = save_lora(tmp_path / "lora", model=tiny_llama(attention_bias=True), r=4, **fields)
-    edit_config(folder, use_dora=False, lora_bias=False)  # as if the config did not tell
-    with pytest.raises(ConfigError, match=fragment):
-        read_lora(folder)
-
-
-def test_factors_of_other_shapes_are_refused(tmp_path: Path) -> None:
-    folder = save_lora(tmp_path / "conv", r=4, target_modules=["q_proj"])
-    path = folder / "adapter_model.safetensors"
-    save_file({name: tensor[:, :, None, None] for name, tensor in load_file(path).items()}, path)
-    with pytest.raises(ConfigError, match="only linear layers"):
-        read_lora(folder)
-
-
-def test_all_folders_are_reported_together(tmp_path: Path) -> None:
-    good = save_lora(tmp_path / "good", r=4, target_modules=["q_proj"])
-    dora = save_lora(tmp_path / "dora", r=4, target_modules=["q_proj"])
-    edit_config(dora, use_dora=True, bias="all")
-    old = save_lora(tmp_path / "old", r=4, target_modules=["q_proj"])
-    (old / "adapter_model.safetensors").rename(old / "adapter_model.bin")
-    with pytest.raises(ConfigError) as caught:
-        read_loras([good, good, dora, old, tmp_path / "none"])
-    message = str(caught.value)
-    for fragment in ("use_dora", "must be 'none'", "save it again", "is no folder", "is given twice"):
-        assert fragment in message
-    with pytest.raises(ConfigError, match="no adapter given"):
-        read_loras([])
-
-
-def test_names_are_as_long_as_they_must_be(tmp_path: Path) -> None:
-    one, two = (save_lora(tmp_path / task / "last", r=4, target_modules=["q_proj"]) for task in ("sums", "dates"))
-    assert [lora.name for lora in read_loras([one, two])] == ["sums/last", "dates/last"]
-    assert [lora.name for lora in read_loras([one, read_lora(two, "mine")])] == ["last", "mine"]
 
 
 @pytest.mark.parametrize(("rank", "size_in", "size_out"), [(1, 9, 7), (4, 9, 7), (8, 5, 20), (8, 20, 5)])
@@ -297,8 +137,6 @@ def test_examples_without_anything_to_score_are_refused(tmp_path: Path) -> None:
 
 STATIC = {"router": "static", "gate": "identity", "selection": "dense", "weights": "probability", "renormalize": False}
 """One free weight an expert and linear."""
-
-IDS = torch.arange(4, 24).reshape(2, 10)
 
 
 def set_weights(model: Any, weights: list[float]) -> None:
@@ -491,83 +329,6 @@ def test_lorahub_sets_one_vector_of_weights(folders: list[Path]) -> None:
     assert shot_loss(model.eval(), tokenizer, shots) + 0.05 * sum(map(abs, weights)) / 4 <= nothing
     with pytest.raises(MoloraError, match="no static router"):
         lorahub(compose(tiny_llama(), folders), SHOTS, tokenizer)
-
-
-@pytest.fixture(scope="module")
-def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    tiny_llama().save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    rows = [{"prompt": "a b ", "completion": "c d"}, {"prompt": "hi ", "completion": "there"}]
-    (folder / "shots.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
-
-
-def words(out: Path, base: Path, folders: list[Path], *more: str) -> list[str]:
-    adapters = [word for folder in folders for word in ("--adapter", str(folder))]
-    return ["compose", str(out), "--base-model", str(base), *adapters, *more]
-
-
-def test_the_command_writes_a_mixture(
-    folders: list[Path], base_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "mixture"
-    assert molora_cli.main(words(out, base_folder, folders, "--top_k", "2", "temperature=0.5")) == 0
-    printed = capsys.readouterr().out
-    assert "lora3" in printed
-    assert "molora generate" in printed
-    model = PeftModel.from_pretrained(tiny_llama(), str(out)).eval()
-    assert (model.peft_config["default"].top_k, model.peft_config["default"].temperature) == (2, 0.5)
-    expected = compose(tiny_llama(), folders, top_k=2, temperature=0.5).eval()
-    assert torch.equal(model(IDS).logits, expected(IDS).logits)
-    assert molora_cli.main(words(out, base_folder, folders)) == 2
-    assert "already exists" in capsys.readouterr().err
-
-
-def test_the_command_selects_and_searches_by_examples(
-    folders: list[Path], base_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "mixture"
-    shots = str(base_folder / "shots.jsonl")
-    more = ["--preset", "lorahub", "--shots", shots, "--select", "2", "--expert_layout", "separate"]
-    assert molora_cli.main(words(out, base_folder, folders, *more)) == 0
-    assert "loss on examples" in capsys.readouterr().out
-    assert len(PeftModel.from_pretrained(tiny_llama(), str(out)).peft_config["default"].imported_experts) == 2
-
-
-@pytest.mark.parametrize(
-    ("more", "fragment"),
-    [
-        (["--select", "2"], "give a file with --shots"),
-        (["--preset", "lorahub"], "give a file with --shots"),
-        (["--shots", "x.jsonl"], "leave it out"),
-        (["--select", "9", "--shots", "x.jsonl"], "only 4 adapters"),
-        (["--select", "2", "--shots", "none.jsonl"], "no such file"),
-        (["--toop_k", "2"], "Did you mean 'top_k'?"),
-        (["--top_k", "two"], "must be a whole number"),
-        (["--preset", "arow"], "Did you mean 'arrow'?"),
-        (["another"], "another"),
-        (["--adapter", "nowhere"], "is no folder"),
-    ],
-)
-def test_mistakes_of_the_command(
-    folders: list[Path],
-    tmp_path: Path,
-    more: list[str],
-    fragment: str,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    out = tmp_path / "mixture"
-    assert molora_cli.main(words(out, tmp_path, folders, *more)) == 2
-    assert fragment in capsys.readouterr().err
-    assert not out.exists()
-
-
-def test_the_base_model_is_the_one_the_adapters_name(
-    folders: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert molora_cli.main(["compose", str(tmp_path / "out"), "--adapter", str(folders[0])]) == 2
-    assert "the adapters name none" in capsys.readouterr().err
 
 
 def test_arrow_computes_what_pefts_arrow_does(tmp_path: Path) -> None:

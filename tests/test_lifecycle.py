@@ -9,9 +9,9 @@ import warnings
 import methods
 import pytest
 import torch
+from loras import MIXED, save_lora
 from methods import build, config_of, inputs_of, layers_of, tokens
 from peft import PeftModel, get_peft_model
-from test_compose import MIXED, save_lora
 
 from molora import ConfigError, MoloraError
 from molora.compose import compose

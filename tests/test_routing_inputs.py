@@ -8,9 +8,9 @@ import methods
 import pytest
 import tiny
 import torch
+from loras import MIXED, save_lora
 from methods import SETTINGS, build, config_of, inputs_of, layers_of, tokens
 from peft import get_peft_model
-from test_compose import MIXED, save_lora
 from torch import nn
 
 from molora import MoLoraConfig, MoloraError, record_routing, routing_inputs
