@@ -1,4 +1,4 @@
-"""Fill the bank of a composed model with the adapters' factors, and the routers that come from the adapters."""
+"""Put the weights of trained LoRAs into the banks of a model made from them, and the routers that follow from them."""
 
 from __future__ import annotations
 

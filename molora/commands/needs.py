@@ -10,19 +10,19 @@ from molora.config import MoLoraConfig
 from molora.data import TaskData
 from molora.errors import ConfigError, Problem
 from molora.losses import LOSSES
+from molora.plan import routing_reads
 from molora.report import REPORT_FILE
-from molora.routing import reads
 from molora.runfile import RunFile
 
 
 def reads_tasks(config: MoLoraConfig) -> bool:
     """Whether routing reads `task_ids`."""
-    return "task" in reads(config.router)
+    return "task" in routing_reads(config)
 
 
 def reads_scores(config: MoLoraConfig) -> bool:
     """Whether routing reads `expert_scores`."""
-    return "scores" in reads(config.router) or config.score_weight is not None or config.weights == "blend"
+    return "scores" in routing_reads(config)
 
 
 def scores_per_row(config: MoLoraConfig) -> list[int]:

@@ -59,7 +59,7 @@ def routing_inputs(
     found = scopes(model)
     if not found:
         raise MoloraError("the model has no molora adapter that could be given routing inputs.")
-    _check(given, _num_tasks(model))
+    _check(given, model)
     with ExitStack() as block:
         for scope in found:
             block.enter_context(scope.given(_merged(scope.inputs, given), {} if generating else scope.kept))
@@ -75,13 +75,13 @@ def _num_tasks(model: nn.Module) -> int | None:
     return min((plan.num_tasks for plan in plans if "task" in plan.reads), default=None)
 
 
-def _check(given: RoutingInputs, num_tasks: int | None) -> None:
+def _check(given: RoutingInputs, model: nn.Module) -> None:
     """Refuse what would fail deep inside a layer, or be read as something else."""
     ids, scores = given.task_ids, given.expert_scores
     if ids is not None and (ids.ndim != 1 or ids.is_floating_point()):
         raise MoloraError(f"task_ids must be integers [B], one per row; got {ids.dtype} {list(ids.shape)}.")
     # Ids on an accelerator are not looked at: that would make every step wait for the device.
-    if ids is not None and num_tasks is not None and ids.device.type == "cpu" and ids.numel():
+    if ids is not None and ids.device.type == "cpu" and (num_tasks := _num_tasks(model)) is not None:
         wrong = ids[(ids < 0) | (ids >= num_tasks)]
         if wrong.numel():
             raise MoloraError(
