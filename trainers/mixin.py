@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -12,34 +12,26 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from molora.losses import total_loss
-from molora.routing.inputs import routing_inputs, scopes
 from molora.routing.record import RoutingRecord, record_routing, stack_records
 from molora.routing.statistics import RoutingTally, tally
 from molora.trainers.callbacks import BalanceBiasCallback, RoutingScheduleCallback, trained_adapters
-from molora.trainers.columns import COLUMNS, PROMPT_MASK, TASK_IDS, ColumnCollator, prompt_of_batch, take_columns
+from molora.trainers.column_mixin import RoutingColumnsMixin
 
 LOG_PREFIX = "molora/"
 
 
-class RoutingLossMixin:
+class RoutingLossMixin(RoutingColumnsMixin):
     """Put first among a trainer's bases: `class MyTrainer(RoutingLossMixin, SFTTrainer)`.
 
     The losses are those in the `routing_losses` of each active adapter's config. They are added in `compute_loss`, the
     one place every trainer has where the forward passes have run and the backward pass has not, and only in training:
     `eval_loss` stays the task's. Statistics are logged beside the loss under `molora/`.
 
-    Columns `task_ids`, `expert_scores` and `prompt_mask` of the dataset reach the routing in training and evaluation,
-    and not the base model. Balancing biases and `routing_schedules` of the configs are kept up by callbacks.
-
-    Attributes:
-        task_ids: Tasks of the current batch, `[B]`, or `None` if the data has no such column.
+    Balancing biases and `routing_schedules` of the configs are kept up by callbacks.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.task_ids: Tensor | None = None
-        self._columns: dict[str, Tensor] = {}
-        self._evaluation: ExitStack | None = None
         self._balance = BalanceBiasCallback()
         trainer: Any = self
         trainer.add_callback(self._balance)
@@ -149,53 +141,3 @@ class RoutingLossMixin:
             metrics.update({prefix + name: value for name, value in counted.metrics().items()})
         metrics.update({name: sum(values) / len(values) for name, values in by_loss.items()})
         return {name: round(value, 6) for name, value in metrics.items()}
-
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()  # type: ignore[misc]  # the trainer this is mixed into
-        known = self._signature_columns
-        self._signature_columns = [*known, *(name for name in COLUMNS if name not in known)]
-
-    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        # Most collators drop or choke on columns they do not know. Wrapped here and not for good, because trainers
-        # ask what kind of collator they have.
-        collator = self.data_collator
-        self.data_collator = ColumnCollator(collator)
-        try:
-            return super()._get_dataloader(*args, **kwargs)  # type: ignore[misc]  # the trainer this is mixed into
-        finally:
-            self.data_collator = collator
-
-    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Predict as the trainer does, with the routing inputs of the batch."""
-        with ExitStack() as self._evaluation:
-            try:
-                return super().prediction_step(*args, **kwargs)  # type: ignore[misc]
-            finally:
-                self._evaluation = None
-
-    def _prepare_inputs(self, inputs: Any) -> Any:
-        inputs = super()._prepare_inputs(inputs)  # type: ignore[misc]  # the trainer this is mixed into
-        self.task_ids, self._columns = None, {}
-        self._take(inputs)
-        if self._evaluation is not None:  # the model may be called without `compute_loss`
-            self._evaluation.enter_context(self._given(inputs))
-        return inputs
-
-    def _take(self, inputs: Any) -> None:
-        """Take the routing columns out of a batch, and keep them until the next one."""
-        columns = take_columns(inputs)
-        if columns:
-            self._columns = columns
-            self.task_ids = columns.get(TASK_IDS)
-
-    def _given(self, inputs: Any) -> AbstractContextManager[None]:
-        """A block in which the layers find the routing columns of a batch."""
-        given: dict[str, Any] = dict(self._columns)
-        found = scopes(self.model)
-        # Checking a mask waits for the device, so none is given where nothing reads it. An encoder-decoder's labels
-        # belong to other tokens.
-        if any(scope.always for scope in found) and not getattr(self.model.config, "is_encoder_decoder", False):
-            prompt = prompt_of_batch(inputs)
-            if prompt is not None:
-                given.setdefault(PROMPT_MASK, prompt)
-        return routing_inputs(self.model, **given) if given and found else nullcontext()
