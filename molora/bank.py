@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 
 from molora.config import MoLoraConfig
@@ -28,7 +27,9 @@ from molora.experts import (
 from molora.groups import RoutingGroup
 from molora.layouts import LAYOUTS
 from molora.plan import ModulePlan
+from molora.quantization import quantization_backend
 from molora.routing import ROUTERS, BalanceBias, Blend, Router, RouterSize, RoutingSpec, ThresholdNet
+from molora.routing.precision import autocast_enabled
 from molora.routing.record import RoutingRecorder
 from molora.routing.scope import RoutingScope
 
@@ -78,8 +79,8 @@ class MoLoraLayer(BaseTunerLayer):
 
     def _init_containers(self, base_layer: nn.Module, in_features: int, out_features: int, **kwargs: Any) -> None:
         self.base_layer = base_layer
-        self.quantization_backend = resolve_quantization_backend(
-            self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
+        self.quantization_backend = quantization_backend(
+            self.get_base_layer(), kwargs.get("get_apply_tensor_subclass")
         )
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ModuleDict())
@@ -235,19 +236,34 @@ class MoLoraLayer(BaseTunerLayer):
 
     def hidden(self, adapter_name: str, x: Tensor) -> Tensor:
         """`A x` over all experts, `[..., in]` to `[..., R]`."""
-        parts = [bank[adapter_name](x) for bank in (self.molora_frozen_A, self.molora_A) if adapter_name in bank]
+        banks = (self.molora_frozen_A, self.molora_A)
+        parts = [self._multiply(bank[adapter_name], x) for bank in banks if adapter_name in bank]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def output(self, adapter_name: str, gated: Tensor) -> Tensor:
         """`B h` over all experts, `[..., R]` to `[..., out]`."""
         if adapter_name not in self.molora_frozen_B:
-            return self.molora_B[adapter_name](gated)
+            return self._multiply(self.molora_B[adapter_name], gated)
         if adapter_name not in self.molora_B:
-            return self.molora_frozen_B[adapter_name](gated)
-        frozen = self.molora_plan[adapter_name].frozen_rank
-        return self.molora_frozen_B[adapter_name](gated[..., :frozen]) + self.molora_B[adapter_name](
-            gated[..., frozen:]
+            return self._multiply(self.molora_frozen_B[adapter_name], gated)
+        rank = self.molora_plan[adapter_name].frozen_rank
+        frozen = self._multiply(self.molora_frozen_B[adapter_name], gated[..., :rank])
+        return frozen + self._multiply(self.molora_B[adapter_name], gated[..., rank:])
+
+    def _multiply(self, matrix: Any, x: Tensor) -> Tensor:
+        # TRL rounds what it trains beside quantised weights and leaves what is frozen, so dtypes may differ.
+        return matrix(x if autocast_enabled(x) else self._cast_input_dtype(x, matrix.dtype))
+
+    def down_matrix(self, adapter_name: str) -> Tensor:
+        """A copy of A over all experts, `[R, in]`; right while the layer runs, also where weights are sharded."""
+        return torch.cat(
+            [bank[adapter_name](None) for bank in (self.molora_frozen_A, self.molora_A) if adapter_name in bank]
         )
+
+    def up_matrix(self, adapter_name: str) -> Tensor:
+        """A copy of B over all experts, `[out, C]`; as for A."""
+        banks = [bank for bank in (self.molora_frozen_B, self.molora_B) if adapter_name in bank]
+        return torch.cat([bank[adapter_name](None) for bank in banks], dim=1)
 
     def matrices(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         """A `[R, in]` and B `[out, R]` over all experts."""

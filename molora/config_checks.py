@@ -9,7 +9,7 @@ from typing import Any
 
 from molora.errors import Problem, one_of
 from molora.layouts import ACTIVATIONS, LAYOUTS
-from molora.losses import LOSSES, option_problem
+from molora.losses import LOSSES, coefficient_problem, option_problem, settings_of
 from molora.routing import GATES, ROUTER_INITS, ROUTERS, SELECTIONS, WEIGHTS
 from molora.routing.schedules import schedule_problems
 
@@ -240,13 +240,10 @@ def _check_options(config: Config) -> Iterator[Problem]:
 
 
 def _check_loss(name: str, setting: Any) -> Iterator[Problem]:
-    options = dict(setting) if isinstance(setting, Mapping) else {"coefficient": setting}
-    coefficient = options.pop("coefficient", None)
-    if not (coefficient == 0 or _is_number(coefficient, 0)):
-        yield Problem(
-            "routing_losses",
-            f"{name}: got {setting!r}; must be a coefficient of at least 0, or a mapping with `coefficient`.",
-        )
+    coefficient, options = settings_of(setting)
+    problem = coefficient_problem(coefficient)
+    if problem is not None:
+        yield Problem("routing_losses", f"{name}: {problem}")
     for option, value in options.items():
         problem = option_problem(name, option, value)
         if problem:

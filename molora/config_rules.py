@@ -7,6 +7,7 @@ from typing import Any
 
 from molora.config_checks import FORMAT_VERSION
 from molora.config_effects import without_effect
+from molora.config_losses import check_losses
 from molora.errors import Problem
 from molora.routing import SELECTIONS_OF_FIELD, SUMS_TO_ONE, reads
 
@@ -28,6 +29,7 @@ def check_combination(config: Config) -> Iterator[Problem]:
     yield from _check_layout(config)
     yield from _check_scope(config)
     yield from _check_targets(config)
+    yield from check_losses(config)
     yield from without_effect(config)
 
 
@@ -106,8 +108,6 @@ def _check_router(config: Config) -> Iterator[Problem]:
             "routing over one expert makes its weight always 1, so the router gets no gradient; use two or more, or "
             "router='none' with selection='dense' (preset 'lora').",
         )
-    if config.routing_losses and not inputs:
-        yield Problem("routing_losses", f"need a router that reads the input; router={config.router!r} does not.")
     if "task" in inputs and config.num_tasks is None:
         yield Problem("num_tasks", f"router={config.router!r} needs the number of tasks, clusters or domains.")
     if config.num_tasks is not None and "task" not in inputs:

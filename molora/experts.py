@@ -31,9 +31,9 @@ class BankWeight(nn.Module):
         self.weight = nn.Parameter(torch.zeros(rows, columns))
         self.bias = nn.Parameter(torch.zeros(rows)) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Multiply `[..., columns]` to `[..., rows]`."""
-        return F.linear(x, self.weight, self.bias)
+    def forward(self, x: Tensor | None) -> Tensor:
+        """Multiply `[..., columns]` to `[..., rows]`; for `None` give a copy of the matrix."""
+        return self.matrix().clone() if x is None else F.linear(x, self.weight, self.bias)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -56,8 +56,10 @@ class SplitDown(BankWeight):
         super().__init__(rows, columns)
         self.num_splits = num_splits
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Multiply `[..., columns]` part by part to `[..., splits, rows]`."""
+    def forward(self, x: Tensor | None) -> Tensor:
+        """Multiply `[..., columns]` part by part to `[..., splits, rows]`; for `None` give a copy of the matrix."""
+        if x is None:
+            return super().forward(None)
         parts = self.weight.unflatten(1, (self.num_splits, -1))
         return torch.einsum("...qi,rqi->...qr", x.unflatten(-1, (self.num_splits, -1)), parts)
 
@@ -69,8 +71,10 @@ class SplitUp(BankWeight):
         super().__init__(rows, columns)
         self.num_splits = num_splits
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Multiply `[..., splits, columns]` part by part to `[..., rows]`."""
+    def forward(self, x: Tensor | None) -> Tensor:
+        """Multiply `[..., splits, columns]` part by part to `[..., rows]`; for `None` give a copy of the matrix."""
+        if x is None:
+            return super().forward(None)
         parts = self.weight.unflatten(0, (self.num_splits, -1))
         return torch.einsum("...qr,qor->...qo", x, parts).flatten(-2)
 
@@ -111,9 +115,9 @@ class ShardedWeight(nn.Module):
         self.kind = kind
         self.register_buffer("index", index)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | None) -> Tensor:
         """Multiply by the matrix: `[..., in]` to `[..., r]` for A, `[..., r]` to `[..., out]` for B."""
-        return F.linear(x, self.matrix())
+        return self.matrix() if x is None else F.linear(x, self.matrix())
 
     @property
     def pool(self) -> ShardPool:

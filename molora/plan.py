@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from molora.config import MoLoraConfig
+from molora.config_losses import view_dropout
 from molora.experts import lora_scale
 from molora.imported import by_pattern, expert_at
 from molora.routing import RoutingSpec, reads
@@ -155,6 +156,7 @@ def routing_spec(config: MoLoraConfig, num_experts: int | None = None) -> Routin
         router_jitter=config.router_jitter,
         expert_dropout=config.expert_dropout,
         capacity_factor=config.capacity_factor,
+        view_dropout=view_dropout(config),
     )
 
 

@@ -14,7 +14,8 @@ from rich.table import Table
 from molora.data import TokenizedTask
 from molora.routing.inputs import routing_inputs, scopes
 from molora.routing.masks import prompt_of_labels
-from molora.routing.record import record_routing, stack_records
+from molora.routing.record import record_routing
+from molora.routing.stacked import stack_records
 from molora.routing.statistics import RoutingTally, tally
 
 REPORT_FILE = "molora_report.json"

@@ -10,12 +10,24 @@ import torch
 
 from molora import losses as losses_module
 from molora.errors import MoloraError
-from molora.losses import LOSSES, Number, load_balancing, localized_balancing, option_problem, total_loss
+from molora.losses import (
+    LOSSES,
+    TASK_IDS,
+    Choice,
+    LossInputs,
+    Number,
+    load_balancing,
+    localized_balancing,
+    loss_needs,
+    option_problem,
+    total_loss,
+)
 from molora.losses.parameter_penalty import parameter_penalty
 from molora.routing.masks import TokenMasks
-from molora.routing.record import RoutingRecord, stack_records
+from molora.routing.record import RoutingRecord
 from molora.routing.route import Routing
 from molora.routing.selection import top_p
+from molora.routing.stacked import stack_records
 
 SIZES = (2, 4, 8, 2)
 TASKS = [1, 0, 1]
@@ -154,7 +166,7 @@ def test_value_and_gradient_equal_the_slow_loop(name, options, null_experts, gat
     logits = torch.randn(2, 3, 5, 4 + null_experts, requires_grad=True)
     stacks = stacked(logits, MASK, gate=gate, null_experts=null_experts)
     setting = {"coefficient": 1.0, "layer_reduction": reduction, **options}
-    got, _ = total_loss(stacks, {name: setting}, torch.tensor(TASKS))
+    got, _ = total_loss(stacks, {name: setting}, LossInputs(torch.tensor(TASKS)))
     records = [recorded(one, gate=gate, null_experts=null_experts) for one in logits]
     each = [getattr(Slow(record, MASK, TASKS), name)(**options) for record in records]
     expected = sum(each) / (1 if reduction == "sum" else len(each))
@@ -165,19 +177,19 @@ def test_value_and_gradient_equal_the_slow_loop(name, options, null_experts, gat
 
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_padding_changes_no_loss(name, options):
-    logits, tasks = torch.randn(1, 2, 6, 4), torch.tensor([0, 1])
+    logits, inputs = torch.randn(1, 2, 6, 4), LossInputs(torch.tensor([0, 1]))
     padded = torch.nn.functional.pad(logits, (0, 0, 0, 3), value=3.0)
     mask = torch.nn.functional.pad(torch.ones(2, 6), (0, 3)).bool()
     losses = {name: {"coefficient": 1.0, **options}}
-    expected, _ = total_loss(stacked(logits, None), losses, tasks)
-    assert total_loss(stacked(padded, mask), losses, tasks)[0] == pytest.approx(expected.item(), abs=1e-6)
+    expected, _ = total_loss(stacked(logits, None), losses, inputs)
+    assert total_loss(stacked(padded, mask), losses, inputs)[0] == pytest.approx(expected.item(), abs=1e-6)
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_a_batch_of_nothing_but_padding_is_zero_not_nan(name, options):
     logits = torch.randn(1, 2, 3, 4, requires_grad=True)
     stacks = stacked(logits, torch.zeros(2, 3).bool())
-    loss, _ = total_loss(stacks, {name: {"coefficient": 1.0, **options}}, torch.tensor([0, 1]))
+    loss, _ = total_loss(stacks, {name: {"coefficient": 1.0, **options}}, LossInputs(torch.tensor([0, 1])))
     assert loss == 0
     assert (torch.autograd.grad(loss, logits)[0] == 0).all()
 
@@ -185,7 +197,8 @@ def test_a_batch_of_nothing_but_padding_is_zero_not_nan(name, options):
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_a_collapsed_router_has_a_finite_gradient(name, options):
     logits = torch.tensor([300.0, -300.0, 0.0, 0.0]).expand(1, 2, 3, 4).clone().requires_grad_()
-    loss, _ = total_loss(stacked(logits, None), {name: {"coefficient": 1.0, **options}}, torch.tensor([0, 1]))
+    inputs = LossInputs(torch.tensor([0, 1]))
+    loss, _ = total_loss(stacked(logits, None), {name: {"coefficient": 1.0, **options}}, inputs)
     assert torch.isfinite(loss)
     assert torch.isfinite(torch.autograd.grad(loss, logits)[0]).all()
 
@@ -217,14 +230,14 @@ BY_TASK = (60.0 * torch.eye(4)[torch.tensor([0, 1])]).reshape(1, 2, 1, 4).expand
     ],
 )
 def test_value_at_balance_and_at_collapse(name, options, logits, value):
-    tasks = torch.arange(logits.shape[1])
-    got, _ = total_loss(stacked(logits, None), {name: {"coefficient": 1.0, **options}}, tasks)
+    inputs = LossInputs(torch.arange(logits.shape[1]))
+    got, _ = total_loss(stacked(logits, None), {name: {"coefficient": 1.0, **options}}, inputs)
     assert got.item() == pytest.approx(value, abs=1e-5)
 
 
 def test_linears_that_collapse_onto_different_experts_are_not_called_balanced():
     collapsed = torch.stack([one_hot([[expert] * 8]) for expert in range(4)])
-    assert load_balancing(collapsed.float(), collapsed) == pytest.approx(4)
+    assert load_balancing(collapsed.float(), collapsed).tolist() == pytest.approx([4, 4, 4, 4])
 
 
 def test_a_gate_that_underflows_stays_finite_and_keeps_one_expert():
@@ -304,17 +317,18 @@ def test_linears_of_different_width_and_whole_sequence_decisions_add_up():
 def test_tokens_that_a_module_flattened_find_their_row_again():
     logits, mask = torch.randn(2, 5, 4), torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1]])
     losses = {"load_balancing": 1.0, "mutual_information": 1.0, "localized_balancing": 1.0}
-    tasks = torch.tensor([0, 1])
-    expected, _ = total_loss(stack_records([recorded(logits, mask)]), losses, tasks)
-    got, _ = total_loss(stack_records([recorded(logits.flatten(0, 1), mask)]), losses, tasks)
+    inputs = LossInputs(torch.tensor([0, 1]))
+    expected, _ = total_loss(stack_records([recorded(logits, mask)]), losses, inputs)
+    got, _ = total_loss(stack_records([recorded(logits.flatten(0, 1), mask)]), losses, inputs)
     torch.testing.assert_close(got, expected)
 
 
-@pytest.mark.parametrize("name", [name for name, loss in LOSSES.items() if loss.needs_task_ids])
+@pytest.mark.parametrize("name", [name for name in LOSSES if TASK_IDS in loss_needs(name, {"positives": "task"})])
 @pytest.mark.parametrize(("tasks", "words"), [(None, "a task_ids column"), (torch.zeros(5), "2 rows")])
 def test_missing_or_misfit_task_ids_are_explained(name, tasks, words):
+    setting = {"coefficient": 1.0, **({"positives": "task"} if name == "gate_contrastive" else {})}
     with pytest.raises(MoloraError, match=words):
-        total_loss(stacked(EVEN, None), {name: 1.0}, tasks)
+        total_loss(stacked(EVEN, None), {name: setting}, LossInputs(tasks))
 
 
 @pytest.mark.parametrize(
@@ -329,8 +343,8 @@ def test_kinds_without_a_group_of_experts_are_explained(tasks, groups, words):
     ("name", "option", "value", "words"),
     [
         ("load_balancing", "scop", "batch", "Did you mean 'scope'"),
-        ("load_balancing", "scope", "global", "'sequence', 'batch'"),
-        ("load_balancing", "scope", ["batch"], "'sequence', 'batch'"),
+        ("parameter_penalty", "scope", "global", "'sequence', 'batch'"),
+        ("load_balancing", "scope", ["batch"], "'sequence', 'batch', 'global'"),
         ("localized_balancing", "delta", 1.5, "from 0 to 1"),
         ("localized_balancing", "delta", "0.1", "a number"),
         ("localized_balancing", "delta", float("nan"), "a number"),
@@ -349,6 +363,9 @@ def test_possible_options_have_no_problem_and_defaults_are_those_of_the_function
     for name, loss in LOSSES.items():
         parameters = inspect.signature(getattr(losses_module, name)).parameters
         for option, kind in loss.options.items():
+            if not isinstance(kind, Number | Choice):
+                continue  # steers the coefficient
             default = kind.default if isinstance(kind, Number) else kind.allowed[0]
-            assert option == "layer_reduction" or parameters[option].default == default
             assert option_problem(name, option, default) is None
+            given = parameters[option].default if option in parameters else inspect.Parameter.empty
+            assert given in (default, inspect.Parameter.empty), option

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from molora.routing.masks import TokenMasks
-from molora.routing.record import RoutingRecord, RoutingRecorder, stack_records
+from molora.routing.record import RoutingRecord, RoutingRecorder
 from molora.routing.route import Routing
+from molora.routing.stacked import stack_records
 from molora.routing.statistics import selection_counts, tally
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from molora.config import MoLoraConfig
 from molora.data import TaskData
 from molora.errors import ConfigError, Problem
-from molora.losses import LOSSES
+from molora.losses import TASK_IDS, loss_needs
 from molora.plan import routing_reads
 from molora.report import REPORT_FILE
 from molora.runfile import RunFile
@@ -59,7 +59,7 @@ def advice_on_tasks(run: RunFile, tasks: Sequence[TaskData]) -> list[str]:
         f"Note: routing loss {name!r} compares tasks, and the data has only one, so it teaches nothing; list more "
         "datasets, or leave it out of `routing_losses`."
         for name in run.adapter.routing_losses
-        if LOSSES[name].needs_task_ids
+        if TASK_IDS in loss_needs(name, run.adapter.routing_losses[name])
     ]
 
 

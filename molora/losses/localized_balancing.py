@@ -17,7 +17,7 @@ def localized_balancing(
     form: str = "cv2",
     groups: int = 2,
 ) -> Tensor:
-    """LoRAMoE's localized balancing constraint of one linear (arXiv 2312.09979).
+    """LoRAMoE's localized balancing constraint of each linear (arXiv 2312.09979).
 
     `Z = I ∘ Q`, with `Q_mn` the mean probability that the real tokens of sequence m gave expert n, and `I_mn = 1 + δ`
     if expert n lies in the group of sequence m's kind, else `1 - δ`. The loss is the spread of all entries of Z:
@@ -42,7 +42,7 @@ def localized_balancing(
         groups: Kinds of samples, and groups of experts.
 
     Returns:
-        Scalar, fp32: the mean over linears. Zero if no token counts.
+        `[L]`, fp32: one value per linear, `[1]` for inputs without L. Zero if no token counts.
 
     Raises:
         MoloraError: If the experts cannot be cut into equal groups, or a kind has no group.
@@ -60,7 +60,7 @@ def localized_balancing(
     variance = ((scaled - centre).square() * counts).sum(dim=(1, 2)) / (entries - 1).clamp(min=1)
     centre = centre.reshape(-1)
     scale = centre.square() if form == "cv2" else centre
-    return (variance / scale.clamp(min=torch.finfo(given.dtype).tiny)).mean()
+    return variance / scale.clamp(min=torch.finfo(given.dtype).tiny)
 
 
 def _check_groups(num_experts: int, task_ids: Tensor, groups: int) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from molora.losses.tokens import as_linears, shares
+from molora.losses.tokens import as_linears, entropy, shares
+from molora.routing.precision import full_precision
 
 
 def mutual_information(probabilities: Tensor, task_ids: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The negative mutual information of task and expert of one linear (Mod-Squad, arXiv 2212.08066; BECoTTA).
+    """The negative mutual information of task and expert of each linear (Mod-Squad, arXiv 2212.08066; BECoTTA).
 
     `L = -Σ_ke J_ke log(J_ke / (J_k J_e))`, in nats, with `J_ke` the mean share of probability that tokens of task k
     gave expert e, over all tokens of the micro-batch; `J_k` and `J_e` are its margins. Zero when every task uses the
@@ -27,17 +28,13 @@ def mutual_information(probabilities: Tensor, task_ids: Tensor, mask: Tensor | N
         mask: Boolean `[B, S]`, true for tokens that count; `None` for all.
 
     Returns:
-        Scalar, fp32: the mean over linears. Zero if no token counts.
+        `[L]`, fp32: one value per linear, `[1]` for inputs without L. Zero if no token counts.
     """
     given, real = as_linears(shares(probabilities), mask)
     by_sequence = (given * real.unsqueeze(-1)).sum(dim=-2)  # [L, B, E]
     # A task's row is that of its first sequence: counting the tasks would wait for the device.
     same = task_ids.unsqueeze(0) == task_ids.unsqueeze(1)
     first = torch.nn.functional.one_hot(same.to(torch.int8).argmax(dim=-1), len(task_ids)).to(given.dtype)
-    joint = first.T @ by_sequence / real.sum().clamp(min=1)
-    return -(_entropy(joint.sum(dim=-1)) + _entropy(joint.sum(dim=-2)) - _entropy(joint.flatten(1))).mean()
-
-
-def _entropy(distribution: Tensor) -> Tensor:
-    """`-Σ p log p` over the last dimension; zeros add nothing and get no infinite gradient."""
-    return -(distribution * distribution.clamp(min=torch.finfo(distribution.dtype).tiny).log()).sum(dim=-1)
+    with full_precision(given):
+        joint = first.T @ by_sequence / real.sum().clamp(min=1)
+    return entropy(joint.flatten(1)) - entropy(joint.sum(dim=-1)) - entropy(joint.sum(dim=-2))

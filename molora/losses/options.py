@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,4 +53,36 @@ class Number:
         return f"got {value!r}; must be {kind} from {self.low:g} to {self.high:g}."
 
 
-Option = Choice | Number
+@dataclass(frozen=True)
+class Group:
+    """An option that switches something on, with numbers of its own.
+
+    Attributes:
+        numbers: What each of them may be.
+    """
+
+    numbers: Mapping[str, Number]
+
+    def problem(self, value: Any) -> str | None:
+        """What is wrong with a value, as a sentence, or `None`."""
+        if isinstance(value, bool):
+            return None
+        if not isinstance(value, Mapping):
+            return f"got {value!r}; must be true, or a mapping with any of {', '.join(self.numbers)}."
+        for name, number in value.items():
+            if name not in self.numbers:
+                return one_of(name, self.numbers)
+            problem = self.numbers[name].problem(number)
+            if problem is not None:
+                return f"{name}: {problem}"
+        return None
+
+    def given(self, value: Any) -> dict[str, float] | None:
+        """All numbers, defaults filled in; `None` if it is not switched on."""
+        if not value and not isinstance(value, Mapping):
+            return None
+        own = value if isinstance(value, Mapping) else {}
+        return {name: own.get(name, number.default) for name, number in self.numbers.items()}
+
+
+Option = Choice | Number | Group

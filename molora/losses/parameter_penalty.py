@@ -17,7 +17,7 @@ def parameter_penalty(
     mask: Tensor | None = None,
     scope: str = "sequence",
 ) -> Tensor:
-    """HMoE's parameter penalty of one linear, for experts of unequal size (arXiv 2408.10681).
+    """HMoE's parameter penalty of each linear, for experts of unequal size (arXiv 2408.10681).
 
     `L = E · Σ_e M_e P_e`, with `M_e` the mean over tokens of "selected e", times the size of e over the mean size (no
     gradient), and `P_e` the mean share of probability. With equal ranks it is `load_balancing` times the number of
@@ -37,7 +37,7 @@ def parameter_penalty(
             over all tokens of the micro-batch, as the paper does.
 
     Returns:
-        Scalar, fp32: the mean over linears. Zero if no token counts.
+        `[L]`, fp32: one value per linear, `[1]` for inputs without L. Zero if no token counts.
     """
     num_experts = len(sizes)
     given, real = as_linears(shares(probabilities)[..., :num_experts], mask)
@@ -45,8 +45,9 @@ def parameter_penalty(
     given, kept = ((values * real.unsqueeze(-1)).sum(dim=-2) for values in (given, kept))  # [L, B, E]
     tokens = real.sum(dim=-1)  # [B]
     if scope == "batch":
-        given, kept, tokens = given.sum(dim=-2), kept.sum(dim=-2), tokens.sum()
+        given, kept = given.sum(dim=1, keepdim=True), kept.sum(dim=1, keepdim=True)
+        tokens = tokens.sum(dim=0, keepdim=True)
     size = torch.tensor(sizes, dtype=given.dtype, device=given.device)
     penalty = kept * (size / size.mean()).nan_to_num(1.0)
     per_sequence = num_experts * (penalty.detach() * given).sum(dim=-1) / tokens.clamp(min=1).square()
-    return per_sequence.sum() / ((tokens > 0).sum() * len(given)).clamp(min=1)
+    return per_sequence.sum(dim=-1) / (tokens > 0).sum().clamp(min=1)

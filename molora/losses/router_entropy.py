@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from molora.losses.tokens import as_linears, mean_over_tokens, shares
+from molora.losses.tokens import as_linears, entropy, mean_over_tokens, shares
 
 
 def router_entropy(probabilities: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The mean entropy of the tokens' probabilities of one linear, minimised (Dynamic MoE, arXiv 2403.07652; HMoE).
+    """The mean entropy of the tokens' probabilities of each linear, minimised (Dynamic MoE, arXiv 2403.07652; HMoE).
 
     `L = mean_t( -Σ_e p_te log p_te )` in nats. `log E` when a token's probabilities are even, zero when they fall on
     one expert. Selections by cumulative probability need it: without it the router learns flat probabilities, which
@@ -20,8 +19,7 @@ def router_entropy(probabilities: Tensor, mask: Tensor | None = None) -> Tensor:
         mask: Boolean `[B, S]` or `[T]`, true for tokens that count; `None` for all.
 
     Returns:
-        Scalar, fp32: the mean over linears and tokens. Zero if no token counts.
+        `[L]`, fp32: one value per linear, `[1]` for inputs without L. Zero if no token counts.
     """
     given, real = as_linears(shares(probabilities), mask)
-    entropy = -(given * given.clamp(min=torch.finfo(given.dtype).tiny).log()).sum(dim=-1)
-    return mean_over_tokens(entropy, real)
+    return mean_over_tokens(entropy(given), real)

@@ -2,8 +2,8 @@
 
 from molora.routing.gates import GATES, SUMS_TO_ONE
 from molora.routing.parts import BalanceBias, Blend, ThresholdNet
-from molora.routing.route import NO_EXTRAS, Routing, RoutingExtras, RoutingSpec, fixed, route
-from molora.routing.routers import ROUTER_INITS, ROUTERS, Router, RouterInput, RouterSize, reads
+from molora.routing.route import NO_EXTRAS, Routing, RoutingExtras, RoutingSpec, fixed, route, second_view
+from molora.routing.routers import ROUTER_INITS, ROUTERS, ROWS, Router, RouterInput, RouterSize, reads
 from molora.routing.selection import SELECTIONS, SELECTIONS_OF_FIELD
 from molora.routing.weights import WEIGHTS
 
@@ -12,6 +12,7 @@ __all__ = [
     "NO_EXTRAS",
     "ROUTERS",
     "ROUTER_INITS",
+    "ROWS",
     "SELECTIONS",
     "SELECTIONS_OF_FIELD",
     "SUMS_TO_ONE",
@@ -28,4 +29,5 @@ __all__ = [
     "fixed",
     "reads",
     "route",
+    "second_view",
 ]

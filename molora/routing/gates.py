@@ -81,6 +81,10 @@ SUMS_TO_ONE = frozenset({"softmax", "sparsemax", "gumbel_softmax"})
 """Gates under which a single expert always has weight one, so that its router learns nothing."""
 
 
+EXACT_ZEROS = frozenset({"relu", "sparsemax"})
+"""Gates that give some experts a probability of exactly zero, so that they are left out even where all are kept."""
+
+
 def normalize_logits(logits: Tensor, strength: float) -> Tensor:
     """Standardise each token's logits over the experts and scale them (Skywork-MoE, arXiv 2406.06563)."""
     spread = logits.var(dim=-1, keepdim=True, unbiased=False).add(1e-12).sqrt()

@@ -7,10 +7,9 @@ generation, a reference model's pass, or anything else outside the block.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +20,39 @@ from molora.routing.route import Routing
 
 RECORDER = "routing_recorder"
 """A layer class that has this attribute hands its decisions to the recorder found there, unless it is `None`."""
+
+
+@dataclass(frozen=True)
+class LayerParts:
+    """What some losses need of a layer beside its decision; each is `None` unless a loss asked for it.
+
+    Attributes:
+        hidden: `A x`, `[..., rows of A]`, attached to the graph.
+        columns: From that to what B is multiplied with if every expert counted fully, `[..., C]`.
+        down: A, `[R, in]`, attached.
+        up: B, `[out, C]`, attached.
+        experts: The expert of each column of B, `[C]`, and of each row of A if every expert has its own.
+        rows: The router's rows, `[E, d]`, attached.
+        token_sums: Sums of the router's features over the tokens that selected each expert, `[E, d]`, detached.
+        token_counts: How many tokens these are, `[E]`.
+    """
+
+    hidden: Tensor | None = None
+    columns: Callable[[Tensor], Tensor] | None = None
+    down: Tensor | None = None
+    up: Tensor | None = None
+    experts: Tensor | None = None
+    rows: Tensor | None = None
+    token_sums: Tensor | None = None
+    token_counts: Tensor | None = None
+
+    @property
+    def shapes(self) -> tuple[Any, ...]:
+        """Parts can be stacked if these are equal."""
+        return tuple(value.shape for value in vars(self).values() if isinstance(value, Tensor))
+
+
+NO_PARTS = LayerParts()
 
 
 @dataclass(frozen=True)
@@ -35,6 +67,10 @@ class RoutingRecord:
         masks: Which tokens of the forward pass are real.
         sizes: Rank of each expert that is routed to; empty if the layer did not say.
         null_experts: How many of the decision's columns, at the end, are null experts.
+        parts: What else of the layer was asked for, if something was.
+        vectors: How many decisions a token has, side by side in place of tokens.
+        packed_rows: `[N, M]`: positions of the tokens of each of N examples that are packed into the rows, among all
+            tokens of the batch in order; -1 behind an example's end. `None` if every row is one example.
     """
 
     layer: str
@@ -43,6 +79,9 @@ class RoutingRecord:
     masks: TokenMasks
     sizes: tuple[int, ...] = ()
     null_experts: int = 0
+    parts: LayerParts | None = None
+    vectors: int = 1
+    packed_rows: Tensor | None = None
 
     @property
     def per_sequence(self) -> bool:
@@ -54,7 +93,18 @@ class RoutingRecord:
         """Boolean `[B, S]` or `[T]`, true for real tokens; `None` when all are."""
         if self.per_sequence:
             return None
-        return self.masks.of_layer(self.layer, self.routing.logits.shape[:-1])
+        *rows, tokens = self.routing.logits.shape[:-1]
+        mask = self.masks.of_layer(self.layer, torch.Size((*rows, tokens // self.vectors)))
+        return mask if mask is None or self.vectors == 1 else mask.repeat_interleave(self.vectors, dim=-1)
+
+    @property
+    def packed(self) -> Tensor | None:
+        """Positions of the decisions about each packed example, as `packed_rows` has those of its tokens."""
+        if self.per_sequence or self.packed_rows is None or self.vectors == 1:
+            return None if self.per_sequence else self.packed_rows
+        of_tokens = self.packed_rows.unsqueeze(-1)
+        beside = torch.arange(self.vectors, device=of_tokens.device)
+        return torch.where(of_tokens < 0, -1, of_tokens * self.vectors + beside).flatten(1)
 
     @property
     def rows(self) -> torch.Size:
@@ -78,15 +128,24 @@ class RoutingRecorder:
     Args:
         with_grad_only: Ignore passes under `torch.no_grad()`, such as a reference model's.
         labels: Labels of the batch, where the model is not handed them (a trainer may compute the loss itself).
+        needs: For each adapter the names of the `LayerParts` it is asked for.
+        packed_rows: Which tokens are one example, as in `RoutingRecord`.
         outer: Recorder of an enclosing block, which hears of everything too.
     """
 
     def __init__(
-        self, with_grad_only: bool = False, labels: Tensor | None = None, outer: RoutingRecorder | None = None
+        self,
+        with_grad_only: bool = False,
+        labels: Tensor | None = None,
+        needs: Mapping[str, frozenset[str]] | None = None,
+        packed_rows: Tensor | None = None,
+        outer: RoutingRecorder | None = None,
     ) -> None:
         self.records: list[RoutingRecord] = []
         self._with_grad_only = with_grad_only
         self._labels = labels
+        self._needs = needs or {}
+        self._packed_rows = packed_rows
         self._outer = outer
         self._masks = TokenMasks()
 
@@ -95,9 +154,19 @@ class RoutingRecorder:
         return RoutingRecorder()
 
     def append(
-        self, layer: str, adapter: str, routing: Routing, sizes: Sequence[int] = (), null_experts: int = 0
+        self,
+        layer: str,
+        adapter: str,
+        routing: Routing,
+        sizes: Sequence[int] = (),
+        null_experts: int = 0,
+        parts: Callable[[frozenset[str], Tensor | None], LayerParts] | None = None,
+        vectors: int = 1,
     ) -> None:
-        """Called by a layer for each decision. Keeps references only: recomputation must run the same operations.
+        """Called by a layer for each decision.
+
+        Keeps references and copies only. Recomputation runs without a recorder and must save the same tensors, so
+        nothing may happen here that saves one for the backward pass.
 
         Args:
             layer: Name of the layer.
@@ -105,13 +174,21 @@ class RoutingRecorder:
             routing: The decision.
             sizes: Rank of each expert; those of shared experts may follow.
             null_experts: How many columns of the decision, at the end, are null experts.
+            parts: Gives what else is asked for: from names of `LayerParts` and the mask of the layer's tokens.
+            vectors: How many decisions a token has, side by side in place of tokens.
         """
         if torch.is_grad_enabled() or not self._with_grad_only:
             routed = routing.logits.shape[-1] - null_experts
             ranks = tuple(sizes)[:routed]
-            self.records.append(RoutingRecord(layer, adapter, routing, self._masks, ranks, null_experts))
+            record = RoutingRecord(
+                layer, adapter, routing, self._masks, ranks, null_experts, None, vectors, self._packed_rows
+            )
+            needs = self._needs.get(adapter)
+            if needs and parts is not None:
+                record = replace(record, parts=parts(needs, record.mask))
+            self.records.append(record)
         if self._outer is not None:
-            self._outer.append(layer, adapter, routing, sizes, null_experts)
+            self._outer.append(layer, adapter, routing, sizes, null_experts, parts, vectors)
 
     def note_masks(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the whole model: remember which tokens of this pass are padding."""
@@ -121,7 +198,11 @@ class RoutingRecorder:
 
 @contextmanager
 def record_routing(
-    model: nn.Module, with_grad_only: bool = False, labels: Tensor | None = None
+    model: nn.Module,
+    with_grad_only: bool = False,
+    labels: Tensor | None = None,
+    needs: Mapping[str, frozenset[str]] | None = None,
+    packed_rows: Tensor | None = None,
 ) -> Iterator[list[RoutingRecord]]:
     """Record the routing decisions of every forward of `model` inside the block.
 
@@ -129,13 +210,15 @@ def record_routing(
         model: Any model that contains molora layers; call it (not a submodule) so that padding is known.
         with_grad_only: Ignore passes under `torch.no_grad()`.
         labels: Labels `[B, S]`, if the model is not called with them; they show the padding of a decoder.
+        needs: For each adapter the names of the `LayerParts` that its layers shall add to their records.
+        packed_rows: Where examples are packed into rows, the tokens of each; see `RoutingRecord`.
 
     Yields:
         The list that fills up, one record per linear, active adapter and forward.
     """
     layers = [(name, module) for name, module in model.named_modules() if hasattr(type(module), RECORDER)]
     outer = next((getattr(layer, RECORDER) for _, layer in layers), None)
-    recorder = RoutingRecorder(with_grad_only, labels, outer)
+    recorder = RoutingRecorder(with_grad_only, labels, needs, packed_rows, outer)
     hook = model.register_forward_pre_hook(recorder.note_masks, with_kwargs=True)
     for name, layer in layers:
         layer.routing_name = name
@@ -146,88 +229,3 @@ def record_routing(
         hook.remove()
         for _, layer in layers:
             setattr(layer, RECORDER, outer)
-
-
-@dataclass(frozen=True)
-class StackedRouting:
-    """The decisions of several linears about the same tokens, stacked so that each statistic is one operation.
-
-    The columns are stacked when first read: a loss that needs no logits should not pay for a copy of them.
-
-    Attributes:
-        layers: Names of the linears, L of them.
-        routings: The decision of each.
-        rows: `[B, S]`. Tokens that are not known to belong to rows count as one; `[B, 1]` for decisions about whole
-            sequences.
-        mask: Boolean `[B, S]`, true for real tokens; `None` when all are.
-        sizes: Rank of each expert, E of them; all 1 if the layers did not say.
-        null_experts: How many columns behind the first E are null experts.
-        per_sequence: Whether the decisions are about whole sequences.
-    """
-
-    layers: tuple[str, ...]
-    routings: tuple[Routing, ...]
-    rows: torch.Size
-    mask: Tensor | None
-    sizes: tuple[int, ...]
-    null_experts: int = 0
-    per_sequence: bool = False
-
-    @property
-    def num_experts(self) -> int:
-        """E, without null experts and shared ones."""
-        return len(self.sizes)
-
-    @cached_property
-    def logits(self) -> Tensor:
-        """`[L, B, S, E + null_experts]`."""
-        return self._column("logits")
-
-    @cached_property
-    def probabilities(self) -> Tensor:
-        """`[L, B, S, E + null_experts]`."""
-        return self._column("probabilities")
-
-    @cached_property
-    def selected(self) -> Tensor:
-        """Boolean `[L, B, S, E + null_experts]`."""
-        return self._column("selected")
-
-    @cached_property
-    def weights(self) -> Tensor:
-        """`[L, B, S, E]`, and behind them those of shared experts."""
-        return self._column("weights")
-
-    @cached_property
-    def threshold(self) -> Tensor | None:
-        """Learned thresholds `[L, B, S, 1]`, or `None`."""
-        return None if self.routings[0].threshold is None else self._column("threshold")
-
-    def _column(self, name: str) -> Tensor:
-        columns = [getattr(routing, name) for routing in self.routings]
-        return torch.stack([column.reshape(*self.rows, column.shape[-1]) for column in columns])
-
-
-def stack_records(records: Iterable[RoutingRecord]) -> list[StackedRouting]:
-    """Group records of equal shape and masks, and stack each group. Linears may differ in their number of experts."""
-    groups: dict[Any, list[RoutingRecord]] = {}
-    for record in records:
-        routing = record.routing
-        shapes = (routing.logits.shape, routing.weights.shape, routing.threshold is None)
-        kind = (record.reads_decoder, record.per_sequence, record.sizes, record.null_experts)
-        groups.setdefault((shapes, id(record.masks), kind), []).append(record)
-    return [_stack(group) for group in groups.values()]
-
-
-def _stack(records: list[RoutingRecord]) -> StackedRouting:
-    first = records[0]
-    mask = first.mask
-    return StackedRouting(
-        tuple(record.layer for record in records),
-        tuple(record.routing for record in records),
-        first.rows,
-        None if mask is None else mask.reshape(first.rows),
-        first.sizes or (1,) * (first.routing.logits.shape[-1] - first.null_experts),
-        first.null_experts,
-        first.per_sequence,
-    )

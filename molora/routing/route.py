@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from molora.routing.gates import GATES, SUMS_TO_ONE, normalize_logits
+from molora.routing.gates import EXACT_ZEROS, GATES, SUMS_TO_ONE, normalize_logits
 from molora.routing.precision import promote
 from molora.routing.selection import SELECTIONS, within_capacity
 from molora.routing.sparsemixer import sparsemixer
@@ -19,7 +19,8 @@ from molora.routing.weights import WEIGHTS, Scored, keep_selected, with_shared
 class RoutingSpec:
     """The routing choices of one adapted module, resolved: no field is left to a default of the config.
 
-    Each attribute is the field of `MoLoraConfig` of that name.
+    Each attribute is the field of `MoLoraConfig` of that name; `view_dropout` is `mask_ratio` of the routing loss
+    `gate_contrastive`, if it compares views.
     """
 
     gate: str
@@ -44,6 +45,7 @@ class RoutingSpec:
     router_jitter: float = 0.0
     expert_dropout: float = 0.0
     capacity_factor: float | None = None
+    view_dropout: float | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class Routing:
         weights: `[..., E + shared_experts]`, the mixing weights; zero where not selected.
         threshold: `[..., 1]`, the learned level per token; `None` unless the selection has one.
         per_sequence: The decision holds for whole sequences: every tensor is `[B, 1, ...]`.
+        clean_logits: `[..., E + null_experts]`, the logits without their noise, if there is some.
+        view: `[..., E + null_experts]`, probabilities by a second view of the features, for losses that compare them.
     """
 
     logits: Tensor
@@ -65,6 +69,8 @@ class Routing:
     weights: Tensor
     threshold: Tensor | None = None
     per_sequence: bool = False
+    clean_logits: Tensor | None = None
+    view: Tensor | None = None
 
     @property
     def is_fixed(self) -> bool:
@@ -125,7 +131,8 @@ def route(logits: Tensor, spec: RoutingSpec, extras: RoutingExtras = NO_EXTRAS) 
     Returns:
         The routing decision. A token that selects nothing has all-zero weights.
     """
-    logits = _modified(promote(logits), spec, extras)
+    clean = _modified(promote(logits), spec, extras)
+    logits = _noisy(clean, spec, extras)
     if spec.selection == "sparsemixer":
         selected, values = sparsemixer(logits, spec.top_k, spec.router_jitter, extras.training)
         return Routing(logits, torch.softmax(logits, dim=-1), selected, _mixed(values, selected, spec))
@@ -151,7 +158,22 @@ def route(logits: Tensor, spec: RoutingSpec, extras: RoutingExtras = NO_EXTRAS) 
         spec.blend_coefficients,
     )
     weights = _mixed(WEIGHTS[spec.weights](scored), selected, spec)
-    return Routing(logits, probabilities, selected, weights, level if isinstance(level, Tensor) else None)
+    return Routing(
+        logits,
+        probabilities,
+        selected,
+        weights,
+        level if isinstance(level, Tensor) else None,
+        clean_logits=None if clean is logits else clean,
+    )
+
+
+def second_view(logits: Tensor, spec: RoutingSpec) -> Tensor:
+    """Probabilities by a second view of the features, `[..., E + null_experts]`, without noise of the gate's own."""
+    logits = promote(logits)
+    if spec.logit_norm is not None:
+        logits = normalize_logits(logits, spec.logit_norm)
+    return GATES[spec.gate](logits, spec.temperature, False)
 
 
 def fixed(weights: Tensor, per_sequence: bool) -> Routing:
@@ -160,15 +182,19 @@ def fixed(weights: Tensor, per_sequence: bool) -> Routing:
 
 
 def _modified(logits: Tensor, spec: RoutingSpec, extras: RoutingExtras) -> Tensor:
-    """The logits with external scores, normalisation, noise and bans applied, in that order."""
+    """The logits with external scores, normalisation and bans applied, in that order."""
     if spec.score_weight is not None and extras.scores is not None:
         logits = logits + spec.score_weight * extras.scores
     if spec.logit_norm is not None:
         logits = normalize_logits(logits, spec.logit_norm)
-    if extras.training and spec.router_noise:
-        logits = logits + spec.router_noise * torch.randn_like(logits)
     if extras.allowed is not None and (spec.gate in SUMS_TO_ONE or spec.selection == "sparsemixer"):
         logits = logits.masked_fill(~extras.allowed, -torch.inf)
+    return logits
+
+
+def _noisy(logits: Tensor, spec: RoutingSpec, extras: RoutingExtras) -> Tensor:
+    if extras.training and spec.router_noise:
+        return logits + spec.router_noise * torch.randn_like(logits)
     return logits
 
 
@@ -195,6 +221,8 @@ def _selected(keys: Tensor, logits: Tensor, level: float | Tensor, spec: Routing
         worst = 0.0 if spec.selection in ("top_k_magnitude", "top_p") else torch.finfo(keys.dtype).min
         keys = keys.masked_fill(~extras.allowed, worst)
     selected = SELECTIONS[spec.selection](keys, **options.get(spec.selection, {}))
+    if spec.selection == "dense" and spec.gate in EXACT_ZEROS:
+        selected = selected & (keys != 0)  # keys have no bias here: one has no say where all are kept
     if extras.allowed is not None:
         selected = selected & extras.allowed
     if spec.min_logit is not None and not extras.training:

@@ -106,12 +106,18 @@ def schedule_problems(schedules: Any) -> Iterator[str]:
         elif not isinstance(schedule, Mapping):
             yield f"{field}: got {schedule!r}; must be a mapping with {', '.join(KEYS)}."
         else:
-            for problem in _problems_of_one(field, schedule):
+            for problem in problems_of_one(schedule, *SCHEDULED[field]):
                 yield f"{field}.{problem}"
 
 
-def _problems_of_one(field: str, schedule: Mapping[str, Any]) -> Iterator[str]:
-    fits, allowed = SCHEDULED[field]
+def problems_of_one(schedule: Mapping[str, Any], fits: Callable[[Any], bool], allowed: str) -> Iterator[str]:
+    """Sentences about what is wrong with one schedule.
+
+    Args:
+        schedule: The mapping.
+        fits: Whether a value may be its start or end.
+        allowed: How to say so.
+    """
     for key in schedule:
         if key not in KEYS:
             yield f"{key}: is no part of a schedule; allowed are {', '.join(KEYS)}.{did_you_mean(key, KEYS)}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from molora.routing.record import StackedRouting
+from molora.routing.stacked import StackedRouting
 
 DEAD_BELOW = 0.1
 """An expert counts as dead when its load is below this fraction of an even share."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -56,16 +56,32 @@ class RouterInput:
     state: Tensor | None = None
 
 
+ROWS = RouterInput()
+"""Calling a router with this gives its rows instead of logits. A call, as under FSDP weights only exist during one."""
+
+
 class Router(nn.Module):
     """Base class: parameters in, logits `[..., E]` in fp32 or fp64 out.
 
     Attributes:
         reads: What a decision depends on: `input`, `hidden`, `task`, `scores` or `nothing`. Several are joined by "+".
         default_dim: `router_dim` if the config leaves it out; `None` for routers without inner space.
+        has_rows: Whether `weight` holds one vector for each expert, which the features are compared with.
     """
 
     reads: ClassVar[str] = "input"
     default_dim: ClassVar[int | None] = None
+    has_rows: ClassVar[bool] = False
+    weight: Tensor
+
+    def forward(self, given: RouterInput) -> Any:
+        """Give the logits `[..., E]`, or for `ROWS` a copy of the rows `[E, d]`."""
+        # The copy saves nothing for the backward pass, so that recomputed layers need not make it again.
+        return self.weight.clone() if given is ROWS else self.logits(given)
+
+    def logits(self, given: RouterInput) -> Any:
+        """Map what was given to logits `[..., E]`; a router with a state also gives the next one."""
+        raise NotImplementedError
 
     def by_expert(self) -> dict[str, tuple[Tensor, int]]:
         """The parameters that have a part for each expert, by name, as views, and the dimension of the experts."""

@@ -21,12 +21,14 @@ def _features(given: RouterInput) -> Tensor:
 class LinearRouter(Router):
     """One logit per expert, `logits = x Wᵀ (+ b)`."""
 
+    has_rows: ClassVar[bool] = True
+
     def __init__(self, size: RouterSize) -> None:
         super().__init__()
         self.weight = parameter(size.num_experts, size.in_features)
         self.bias = parameter(size.num_experts) if size.bias else None
 
-    def forward(self, given: RouterInput) -> Tensor:
+    def logits(self, given: RouterInput) -> Tensor:
         """Map `[..., in]` to `[..., E]`."""
         return linear(_features(given), self.weight, self.bias)
 
@@ -40,9 +42,9 @@ class LinearRouter(Router):
 class ArrowRouter(LinearRouter):
     """`|x · p_e|` with one prototype per expert, made from its weights (Arrow, arXiv 2405.11157)."""
 
-    def forward(self, given: RouterInput) -> Tensor:
+    def logits(self, given: RouterInput) -> Tensor:
         """Map `[..., in]` to `[..., E]`."""
-        return super().forward(given).abs()
+        return super().logits(given).abs()
 
 
 class PrototypeRouter(LinearRouter):
@@ -51,7 +53,7 @@ class PrototypeRouter(LinearRouter):
     `logits_e = LN(x) · LN(v_e) / √in`, LN without scale and shift.
     """
 
-    def forward(self, given: RouterInput) -> Tensor:
+    def logits(self, given: RouterInput) -> Tensor:
         """Map `[..., in]` to `[..., E]`."""
         x, size = _features(given), self.weight.shape[1:]
         rows = F.layer_norm(self.weight.to(x.dtype), size)
@@ -64,13 +66,15 @@ class CosineRouter(Router):
     With `router_dim` the input is projected to that many dimensions first. The temperature starts at 0.07.
     """
 
+    has_rows: ClassVar[bool] = True
+
     def __init__(self, size: RouterSize) -> None:
         super().__init__()
         self.projection = parameter(size.dim, size.in_features) if size.dim else None
         self.weight = parameter(size.num_experts, size.dim or size.in_features)
         self.log_temperature = parameter(1)
 
-    def forward(self, given: RouterInput) -> Tensor:
+    def logits(self, given: RouterInput) -> Tensor:
         """Map `[..., in]` to `[..., E]`."""
         x = _features(given)
         if self.projection is not None:
@@ -90,6 +94,7 @@ class CosineRouter(Router):
 class MlpRouter(Router):
     """Two layers: `logits = W relu(W_in x + b_in) + b`, `router_dim` wide."""
 
+    has_rows: ClassVar[bool] = True
     default_dim: ClassVar[int | None] = 64
 
     def __init__(self, size: RouterSize) -> None:
@@ -100,7 +105,7 @@ class MlpRouter(Router):
         self.weight = parameter(size.num_experts, size.dim)
         self.bias = parameter(size.num_experts)
 
-    def forward(self, given: RouterInput) -> Tensor:
+    def logits(self, given: RouterInput) -> Tensor:
         """Map `[..., in]` to `[..., E]`."""
         hidden = F.relu(linear(_features(given), self.weight_in, self.bias_in))
         return linear(hidden, self.weight, self.bias)
@@ -119,6 +124,8 @@ class NormalizedRouter(Router):
     `logits = (s_x ⊙ LN(x)) (s_w ⊙ LN(W))ᵀ + b`. The scales start at 0.01, so that routing starts even.
     """
 
+    has_rows: ClassVar[bool] = True
+
     def __init__(self, size: RouterSize) -> None:
         super().__init__()
         self.weight = parameter(size.num_experts, size.in_features)
@@ -126,7 +133,7 @@ class NormalizedRouter(Router):
         self.input_scale = parameter(size.in_features)
         self.weight_scale = parameter(size.in_features)
 
-    def forward(self, given: RouterInput) -> Tensor:
+    def logits(self, given: RouterInput) -> Tensor:
         """Map `[..., in]` to `[..., E]`."""
         x, size = _features(given), self.weight.shape[1:]
         x = F.layer_norm(x, size, self.input_scale.to(x.dtype))
@@ -147,6 +154,7 @@ class RecurrentRouter(Router):
     Differs from the authors' code: every layer has a GRU of its own here; share it with `router_sharing="weights"`.
     """
 
+    has_rows: ClassVar[bool] = True
     reads: ClassVar[str] = "input+state"
     default_dim: ClassVar[int | None] = 64
 
@@ -160,7 +168,7 @@ class RecurrentRouter(Router):
         self.bias_hh = parameter(3 * size.dim)
         self.weight = parameter(size.num_experts, size.dim)
 
-    def forward(self, given: RouterInput) -> tuple[Tensor, Tensor]:
+    def logits(self, given: RouterInput) -> tuple[Tensor, Tensor]:
         """Map `[..., in]` and the state `[..., h]` to logits `[..., E]` and the state for the next layer."""
         x = linear(_features(given), self.projection)
         state = x.new_zeros(x.shape) if given.state is None else given.state.to(x.dtype)

@@ -44,7 +44,7 @@ class TaskRouter(Router):
         self.weight = parameter(size.num_experts, size.dim)
         self.bias = parameter(size.num_experts) if size.bias else None
 
-    def forward(self, given: RouterInput) -> Tensor:
+    def logits(self, given: RouterInput) -> Tensor:
         """Map task ids `[...]` to logits `[..., E]`."""
         assert given.task_ids is not None
         return linear(F.embedding(given.task_ids, self.embedding), self.weight, self.bias)
@@ -67,7 +67,7 @@ class TableRouter(Router):
         self.num_splits = size.num_splits
         self.weight = parameter(size.num_tasks, size.num_splits * size.num_experts)
 
-    def forward(self, given: RouterInput) -> Tensor:
+    def logits(self, given: RouterInput) -> Tensor:
         """Map task ids `[...]` to logits `[..., E]`, or `[..., splits, E]` if there is more than one split."""
         assert given.task_ids is not None
         logits = promote(F.embedding(given.task_ids, self.weight))
@@ -96,7 +96,7 @@ class DomainRouter(Router):
         self.weight = parameter(size.num_tasks, size.num_experts, size.in_features)
         self.noise = parameter(size.num_tasks, size.num_experts, size.in_features)
 
-    def forward(self, given: RouterInput) -> Tensor:
+    def logits(self, given: RouterInput) -> Tensor:
         """Map `[..., in]` to `[..., E]`."""
         logits = self._product(given, self.weight)
         if not self.training:
@@ -129,7 +129,7 @@ class ActivationRouter(Router):
     def __init__(self, size: RouterSize) -> None:
         super().__init__()
 
-    def forward(self, given: RouterInput) -> Tensor:
+    def logits(self, given: RouterInput) -> Tensor:
         """Return the hidden `[..., R]` itself; every expert has rank one."""
         assert given.hidden is not None
         return promote(given.hidden)
@@ -138,9 +138,9 @@ class ActivationRouter(Router):
 class UnitActivationRouter(ActivationRouter):
     """`A x / ‖A x‖`, signed, over all ranks (MoRA for continual learning, arXiv 2506.21035)."""
 
-    def forward(self, given: RouterInput) -> Tensor:
+    def logits(self, given: RouterInput) -> Tensor:
         """Map the hidden `[..., R]` to unit vectors."""
-        return F.normalize(super().forward(given), dim=-1)
+        return F.normalize(super().logits(given), dim=-1)
 
 
 class ActivationNormRouter(ActivationRouter):
@@ -150,10 +150,10 @@ class ActivationNormRouter(ActivationRouter):
         super().__init__(size)
         self.num_experts = size.num_experts
 
-    def forward(self, given: RouterInput) -> Tensor:
+    def logits(self, given: RouterInput) -> Tensor:
         """Map the hidden `[..., R]` to one norm per expert, `[..., E]`."""
         assert given.expert_of_rank is not None
-        squares = super().forward(given).square()
+        squares = super().logits(given).square()
         experts = torch.arange(self.num_experts, device=squares.device)
         member = (given.expert_of_rank.unsqueeze(-1) == experts).to(squares.dtype)
         with full_precision(squares):
@@ -170,7 +170,7 @@ class ExternalRouter(Router):
     def __init__(self, size: RouterSize) -> None:
         super().__init__()
 
-    def forward(self, given: RouterInput) -> Tensor:
+    def logits(self, given: RouterInput) -> Tensor:
         """Return the scores `[..., E]`."""
         assert given.scores is not None
         return promote(given.scores)

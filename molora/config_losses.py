@@ -1,0 +1,149 @@
+"""Which routing losses the other choices of a `MoLoraConfig` leave without meaning. Pure functions over its fields."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from molora.errors import Problem
+from molora.losses import ADAPTIVE, coefficient_at, is_scheduled, loss_needs, settings_of
+from molora.routing import ROUTERS, reads
+
+Config = Any
+"""A `MoLoraConfig`; not imported, since its module calls the checks here."""
+
+_ROWS_OF_INPUT = ("linear", "arrow", "prototype", "cosine")
+"""Routers whose rows lie in the space of the input."""
+
+_NOISY_GATES = ("gumbel_softmax", "relaxed_bernoulli")
+
+
+def check_losses(config: Config) -> Iterator[Problem]:
+    """Losses that read what this routing does not have, or that could teach it nothing."""
+    losses = config.routing_losses
+    if losses and not reads(config.router):
+        yield Problem("routing_losses", f"need a router that reads the input; router={config.router!r} does not.")
+    for name, setting in losses.items():
+        check = _CHECKS.get(name)
+        _, options = settings_of(setting)
+        needs = loss_needs(name, setting)
+        for problem in (*(check(config, options) if check else ()), *_of_parts(config, needs)):
+            yield Problem("routing_losses", f"{name}: {problem}")
+    yield from _check_coefficients(losses)
+
+
+def view_dropout(config: Config) -> float | None:
+    """Share of features left out in the second view that `gate_contrastive` compares with; `None` without it."""
+    setting = config.routing_losses.get("gate_contrastive")
+    if setting is None:
+        return None
+    _, options = settings_of(setting)
+    return options.get("mask_ratio", 0.2) if options.get("positives", "view") == "view" else None
+
+
+def _check_coefficients(losses: dict[str, Any]) -> Iterator[Problem]:
+    for name, setting in losses.items():
+        _, options = settings_of(setting)
+        controlled = name == "l1_sparsity" or ADAPTIVE.given(options.get("adaptive")) is not None
+        if controlled and is_scheduled(setting):
+            yield Problem(
+                "routing_losses", f"{name}: a controller moves this coefficient; give it a number to start from."
+            )
+        elif name == "l1_sparsity" and coefficient_at(setting, 0, 1) == 0:
+            yield Problem(
+                "routing_losses", f"{name}: the controller multiplies the coefficient, so it never leaves 0; set 1e-8."
+            )
+
+
+def _of_parts(config: Config, needs: frozenset[str]) -> Iterator[str]:
+    """What of a layer is recorded must exist there."""
+    kind = ROUTERS[config.router]
+    if "rows" in needs and (kind is None or not kind.has_rows):
+        yield f"compares the router's rows, one for each expert, and router={config.router!r} has none."
+    if "token_sums" in needs:
+        inside = config.router == "cosine" and config.router_dim
+        if config.router not in _ROWS_OF_INPUT or inside:
+            yield (
+                "compares the router's rows with the input, so both need the same size; set router="
+                + " or ".join(map(repr, _ROWS_OF_INPUT))
+                + ", without router_dim."
+            )
+        if config.router_input != "module" or config.router_level != "token":
+            yield "reads the input of each linear; set router_input='module' and router_level='token'."
+    if needs & {"columns", "down", "up"}:
+        layouts = ("separate",) if "down" in needs else ("separate", "shared_A")
+        if config.expert_layout not in layouts or config.num_splits > 1:
+            yield f"needs experts with matrices of their own; set expert_layout={' or '.join(map(repr, layouts))}."
+    if "columns" in needs and (config.expert_scope == "ffn" or config.router_level == "sequence"):
+        yield "compares the experts' outputs for one token; set router_level='token' and expert_scope='linear'."
+
+
+def _load(config: Config, options: dict[str, Any]) -> Iterator[str]:
+    scheduled = config.routing_schedules.get("router_noise")
+    if config.selection != "top_k" or not (config.router_noise or scheduled):
+        yield "is about noisy top-k routing; set selection='top_k' and router_noise above 0."
+
+
+def _load_balancing(config: Config, options: dict[str, Any]) -> Iterator[str]:
+    if options.get("scope") == "global" and options.get("count") == "first":
+        yield "scope='global' counts every selected expert; leave `count` out, or set another scope."
+
+
+def _l1_sparsity(config: Config, options: dict[str, Any]) -> Iterator[str]:
+    if config.null_experts:
+        yield "a ReLU gate needs no null experts to leave some out; set null_experts=0."
+    if config.gate != "relu":
+        yield f"needs weights that can be exactly zero; set gate='relu', not {config.gate!r}."
+    fewest = config.num_experts if isinstance(config.num_experts, int) else min(config.num_experts)
+    if options.get("experts_per_token", 2) >= fewest:
+        yield f"experts_per_token must be below num_experts, {fewest}; got {options.get('experts_per_token', 2)!r}."
+
+
+def _router_z(config: Config, options: dict[str, Any]) -> Iterator[str]:
+    if config.logit_norm is not None:
+        yield "normalised logits are bounded already; leave it or logit_norm out."
+
+
+def _expert_contrastive(config: Config, options: dict[str, Any]) -> Iterator[str]:
+    if config.selection == "dense" and config.gate not in ("relu", "sparsemax"):
+        yield "compares selected experts with those left out, and selection='dense' leaves none out."
+    if config.selection == "top_k" and config.top_k == 1:
+        yield "compares the selected experts of a token with one another, and top_k=1 selects one; set 2 or more."
+
+
+def _gate_contrastive(config: Config, options: dict[str, Any]) -> Iterator[str]:
+    if options.get("positives", "view") == "view":
+        if reads(config.router) != {"input"} or config.router_input != "module":
+            yield f"makes a second view of the input, which router={config.router!r} does not read alone."
+        if config.router_sharing in ("block", "model") or config.selection == "sparsemixer":
+            yield "makes no second view of a decision that is shared or sampled; set positives: task."
+
+
+def _consistency(config: Config, options: dict[str, Any]) -> Iterator[str]:
+    random = (
+        config.router_noise,
+        config.router_jitter,
+        config.expert_dropout,
+        config.lora_dropout,
+        config.routing_schedules.get("router_noise"),
+        config.routing_schedules.get("expert_dropout"),
+        config.gate in _NOISY_GATES,
+        config.router == "domain",
+    )
+    if not any(random):
+        yield (
+            "compares two forward passes, which only differ where routing is random; set expert_dropout, "
+            "router_noise, router_jitter or lora_dropout."
+        )
+
+
+_CHECKS = {
+    "load_balancing": _load_balancing,
+    "load": _load,
+    "l1_sparsity": _l1_sparsity,
+    "router_z": _router_z,
+    "expert_contrastive": _expert_contrastive,
+    "gate_contrastive": _gate_contrastive,
+    "consistency": _consistency,
+}
+"""Conditions of single losses: from the config and the loss's options to sentences about what is wrong."""
