@@ -1,4 +1,4 @@
-"""What changes between steps: balancing biases and schedules; and the columns that routing takes from a dataset."""
+"""What changes between steps: balancing biases, coefficients, schedules; and the routing columns of a dataset."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from transformers import TrainerState
 
 from molora.errors import MoloraError
 from molora.routing.balance import balanced_bias
 from molora.routing.masks import TokenMasks
-from molora.routing.record import RoutingRecord, stack_records
+from molora.routing.record import RoutingRecord
 from molora.routing.route import Routing
 from molora.routing.schedules import schedule_problems, scheduled_value
-from molora.trainers import BalanceBiasCallback, RoutingScheduleCallback
+from molora.routing.stacked import stack_records
+from molora.trainers import RoutingControlCallback, RoutingScheduleCallback
 from molora.trainers.columns import ColumnCollator, prompt_of_batch, take_columns
+from molora.trainers.counts import StepCounts
 
 
 def test_the_bias_moves_towards_the_experts_that_are_short_of_tokens():
@@ -40,6 +43,8 @@ class Layer(nn.Module):
     def __init__(self, *adapters):
         super().__init__()
         self.molora_spec = dict.fromkeys(adapters, Spec())
+        plan = SimpleNamespace(reads={"input"}, num_experts=3, spec=SimpleNamespace(null_experts=0))
+        self.molora_plan = dict.fromkeys(adapters, plan)
         self.molora_bias = nn.ModuleDict({name: nn.Module() for name in adapters})
         for bias in self.molora_bias.values():
             bias.weight = nn.Parameter(torch.zeros(3), requires_grad=False)
@@ -62,10 +67,21 @@ def decisions(layer, experts, mask=None):
     return stack_records([RoutingRecord(layer, "x", Routing(p, p, p > 0, p), TokenMasks(mask))])
 
 
+def begun(model, **losses):
+    """A controller at the start of a training, and the trainer's state, as a checkpoint would keep it."""
+    callback, state = RoutingControlCallback(), TrainerState()
+    for config in model.peft_config.values():
+        config.routing_losses = losses
+    callback.on_train_begin(None, state, None)
+    return callback, state
+
+
 def test_biases_move_once_a_step_by_the_real_tokens_of_all_its_micro_batches():
-    model, callback = Model(balance_bias_rate=0.5), BalanceBiasCallback()
-    callback.count("x", decisions("a", [0, 1, 1]))
-    callback.count("x", decisions("a", [0, 0, 2, 2], torch.tensor([[1, 1, 0, 0]])))
+    model = Model(balance_bias_rate=0.5)
+    callback, _ = begun(model)
+    callback.counts.add("x", decisions("a", [0, 1, 1]))
+    callback.counts.start_micro_batch()
+    callback.counts.add("x", decisions("a", [0, 0, 2, 2], torch.tensor([[1, 1, 0, 0]])))
     callback.on_optimizer_step(None, None, None, model=model)
     assert model.bias("a") == [-0.5, 0.0 - 0.5 * (2 > 5 / 3), 0.5]
     assert model.bias("b") == model.bias("a", "frozen") == [0, 0, 0]  # saw no token; is not active
@@ -74,10 +90,70 @@ def test_biases_move_once_a_step_by_the_real_tokens_of_all_its_micro_batches():
 
 
 def test_without_a_rate_no_bias_moves():
-    model, callback = Model(), BalanceBiasCallback()
-    callback.count("x", decisions("a", [0, 0]))
+    model = Model()
+    callback, _ = begun(model)
+    callback.counts.add("x", decisions("a", [0, 0]))
     callback.on_optimizer_step(None, None, None, model=model)
     assert model.bias("a") == [0, 0, 0]
+
+
+def test_counts_of_a_step_tell_its_last_micro_batch_apart():
+    model, counts = Model(), StepCounts()
+    for experts in ([0, 1, 1], [2, 2]):
+        counts.start_micro_batch()
+        counts.add("x", decisions("a", experts))
+    everyones = counts.everyones(model, ["x"])
+    assert list(everyones) == [("x", "a"), ("x", "b")]
+    of_a = everyones["x", "a"]
+    assert (of_a.selected.tolist(), of_a.tokens.item(), of_a.tokens_now.item()) == ([1, 2, 2], 5, 2)
+    assert everyones["x", "b"].selected.tolist() == [0, 0, 0]
+
+
+L1 = {"l1_sparsity": {"coefficient": 1e-8, "experts_per_token": 2, "alpha": 2.0}}
+
+
+@pytest.mark.parametrize(
+    ("rounds", "expected"),
+    [([[0, 1, 2]], 0.5e-8), ([[0]] * 3, 0.125e-8)],
+    ids=["fewer than wanted", "again and again"],
+)
+def test_the_sparsity_coefficient_follows_the_number_of_active_experts(rounds, expected):
+    model = Model()
+    callback, state = begun(model, **L1)
+    for experts in rounds:
+        callback.counts.add("x", decisions("a", experts))
+        callback.on_optimizer_step(None, None, None, model=model)
+    assert callback.coefficients("x", L1, 0, 1) == {"l1_sparsity": pytest.approx(expected)}
+    assert state.stateful_callbacks["molora"]["coefficients"]["x"]["l1_sparsity"] == pytest.approx(expected)
+
+
+ADAPTIVE = {"load_balancing": {"coefficient": 0.0, "adaptive": {"factor": 3.0, "maximum": 1.0, "decay": 0.5}}}
+
+
+def test_each_linear_is_balanced_as_much_as_it_needs():
+    model = Model()
+    callback, _ = begun(model, **ADAPTIVE)
+    callback.counts.add("x", decisions("a", [0, 0, 0]))  # 2/3 of the selections are too many
+    callback.counts.add("x", decisions("b", [0, 1, 2]))
+    callback.on_optimizer_step(None, None, None, model=model)
+    assert callback.coefficients("x", ADAPTIVE, 0, 1) == {
+        "load_balancing": {"a": pytest.approx(0.5 * min(3 * 2 / 3, 1)), "b": 0.0}
+    }
+
+
+@pytest.mark.parametrize("losses", [L1, ADAPTIVE])
+def test_a_resumed_training_goes_on_with_its_coefficients(losses, tmp_path):
+    model = Model()
+    callback, state = begun(model, **losses)
+    for _ in range(2):
+        callback.counts.add("x", decisions("a", [0, 0]))
+        callback.on_optimizer_step(None, None, None, model=model)
+    state.save_to_json(str(tmp_path / "trainer_state.json"))
+    resumed = RoutingControlCallback()
+    resumed.counts.add("x", decisions("a", [1]))  # of a training before
+    resumed.on_train_begin(None, TrainerState.load_from_json(str(tmp_path / "trainer_state.json")), None)
+    assert resumed.coefficients("x", losses, 0, 1) == callback.coefficients("x", losses, 0, 1)
+    assert resumed.counts.everyones(model, ["x"])["x", "a"].tokens == 0
 
 
 @pytest.mark.parametrize(

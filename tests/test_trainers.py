@@ -219,7 +219,8 @@ def test_padding_of_a_decoder_is_found_even_when_the_trainer_keeps_the_labels(sm
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1
     trainer.compute_loss(trainer.model, batch)
-    counted = trainer._routing_tallies["molora/"]
+    _, tallies = trainer._metrics_of_routing.take()
+    counted = tallies["molora/"]
     tokens = dict(zip(counted.layers, counted.tokens.tolist(), strict=True))
     assert {count for name, count in tokens.items() if "decoder" in name and "SelfAttention" in name} == {4}
 

@@ -1,21 +1,15 @@
-"""What changes between steps: balancing biases, and routing choices that follow a schedule."""
+"""Routing choices that follow a schedule over the training."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
-from accelerate.utils import reduce
-from torch import Tensor
 from transformers import TrainerCallback
 
 from molora.errors import MoloraError
-from molora.routing.balance import balanced_bias
-from molora.routing.record import StackedRouting
 from molora.routing.schedules import schedule_problems, scheduled_value
-from molora.routing.statistics import selection_counts
 
 
 def trained_adapters(model: Any) -> list[str]:
@@ -23,56 +17,6 @@ def trained_adapters(model: Any) -> list[str]:
     active = getattr(model, "active_adapters", [])
     names = active() if callable(active) else active  # a method on transformers models, a property on PEFT's
     return [name for name in names if name in getattr(model, "peft_config", {})]
-
-
-class BalanceBiasCallback(TrainerCallback):
-    """Moves the balancing biases after each optimizer step, for adapters whose config has a `balance_bias_rate`.
-
-    `RoutingLossMixin` installs it and hands it the decisions of every micro-batch. All processes take the same step,
-    from the counts of all of them. A forward pass never changes a bias: gradient checkpointing runs it twice.
-    """
-
-    def __init__(self) -> None:
-        self._counts: dict[tuple[str, str], Tensor] = {}
-
-    def count(self, adapter: str, stacks: Iterable[StackedRouting]) -> None:
-        """Add the selections of one micro-batch."""
-        for stack in stacks:
-            for layer, counts in zip(stack.layers, selection_counts(stack), strict=True):
-                before = self._counts.get((layer, adapter))
-                self._counts[layer, adapter] = counts if before is None else before + counts
-
-    @torch.no_grad()
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Move every bias by one step, and count anew."""
-        counted, self._counts = self._counts, {}
-        biases = list(_biases(kwargs["model"]))
-        if not biases:
-            return
-        # One reduction of everything, as processes may have run different layers.
-        mine = [counted.get(key, torch.zeros_like(bias)).to(bias.device, torch.float32) for key, bias, _ in biases]
-        for (key, bias, _), counts in zip(biases, mine, strict=True):
-            if bias.shape != counts.shape:
-                raise MoloraError(
-                    f"the balancing bias of {key[0]!r} has shape {tuple(bias.shape)} for {len(counts)} experts; a "
-                    "sharded one cannot be moved. Train with DDP, or without `balance_bias_rate`."
-                )
-        everyones = reduce(torch.cat(mine), reduction="sum")
-        shares = everyones.split([len(counts) for counts in mine])
-        for (_, bias, rate), counts in zip(biases, shares, strict=True):
-            bias.copy_(balanced_bias(bias, counts, rate))
-
-
-def _biases(model: Any) -> Iterator[tuple[tuple[str, str], Tensor, float]]:
-    """Layer and adapter, bias, and rate, in the order of the model."""
-    for adapter in trained_adapters(model):
-        rate = getattr(model.peft_config[adapter], "balance_bias_rate", None)
-        if rate is None:
-            continue
-        for name, module in model.named_modules():
-            held = getattr(module, "molora_bias", None)
-            if held is not None and adapter in held:
-                yield (name, adapter), held[adapter].weight, rate
 
 
 class RoutingScheduleCallback(TrainerCallback):

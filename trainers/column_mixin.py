@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from molora.routing.inputs import routing_inputs, scopes
-from molora.trainers.columns import COLUMNS, PROMPT_MASK, TASK_IDS, ColumnCollator, prompt_of_batch, take_columns
+from molora.routing.scope import RoutingInputs, RoutingScope
+from molora.trainers.columns import (
+    COLUMNS,
+    PACKED_ROWS,
+    PROMPT_MASK,
+    TASK_IDS,
+    TASKS_OF_TOKENS,
+    ColumnCollator,
+    prompt_of_batch,
+    take_columns,
+)
+from molora.trainers.packing import refuse_packed_sequences
 
 
 class RoutingColumnsMixin:
@@ -17,11 +30,15 @@ class RoutingColumnsMixin:
     In training and in evaluation. Part of `RoutingLossMixin`.
 
     Attributes:
-        task_ids: Tasks of the current batch, `[B]`, or `None` if the data has no such column.
+        task_ids: Tasks of the current batch, `[B]`, or `[N]` where N examples are packed into its rows; `None` if the
+            data has no such column.
+        packed_rows: For each of these N examples the positions of its tokens in the flattened batch, `[N, M]`, -1
+            behind its end; `None` if every row is one example.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.task_ids: Tensor | None = None
+        self.packed_rows: Tensor | None = None
         self._columns: dict[str, Tensor] = {}
         self._evaluation: ExitStack | None = None
         super().__init__(*args, **kwargs)
@@ -51,7 +68,9 @@ class RoutingColumnsMixin:
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         inputs = super()._prepare_inputs(inputs)  # type: ignore[misc]  # the trainer this is mixed into
-        self.task_ids, self._columns = None, {}
+        if type(inputs) is dict:  # a trainer may hand out the same batch again, which must still have its columns
+            inputs = dict(inputs)
+        self.task_ids, self.packed_rows, self._columns = None, None, {}
         self._take(inputs)
         if self._evaluation is not None:  # the model may be called without `compute_loss`
             self._evaluation.enter_context(self._given(inputs))
@@ -62,16 +81,34 @@ class RoutingColumnsMixin:
         columns = take_columns(inputs)
         if columns:
             self._columns = columns
-            self.task_ids = columns.get(TASK_IDS)
+            self.task_ids, self.packed_rows = columns.get(TASK_IDS), columns.get(PACKED_ROWS)
 
-    def _given(self, inputs: Any) -> AbstractContextManager[None]:
+    @contextmanager
+    def _given(self, inputs: Any) -> Iterator[None]:
         """A block in which the layers find the routing columns of a batch."""
-        given: dict[str, Any] = dict(self._columns)
+        given: dict[str, Any] = {name: value for name, value in self._columns.items() if name in COLUMNS}
         found = scopes(self.model)
+        if self.packed_rows is not None:
+            refuse_packed_sequences(self.model)
         # Checking a mask waits for the device, so none is given where nothing reads it. An encoder-decoder's labels
         # belong to other tokens.
-        if any(scope.always for scope in found) and not getattr(self.model.config, "is_encoder_decoder", False):
+        elif any(scope.always for scope in found) and not getattr(self.model.config, "is_encoder_decoder", False):
             prompt = prompt_of_batch(inputs)
             if prompt is not None:
                 given.setdefault(PROMPT_MASK, prompt)
-        return routing_inputs(self.model, **given) if given and found else nullcontext()
+        with ExitStack() as block:
+            if given and found:
+                block.enter_context(routing_inputs(self.model, **given))
+            if TASKS_OF_TOKENS in self._columns:
+                block.enter_context(_of_tokens(found, self._columns[TASKS_OF_TOKENS]))
+            yield
+
+
+@contextmanager
+def _of_tokens(found: Sequence[RoutingScope], task_ids: Tensor) -> Iterator[None]:
+    """Let routers read the task of each token, `[B, S]`, in place of those of rows."""
+    with ExitStack() as block:
+        for scope in found:
+            inputs = replace(scope.inputs or RoutingInputs(), task_ids=task_ids)
+            block.enter_context(scope.given(inputs, scope.kept))
+        yield

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from molora.errors import MoloraError
+
 
 @dataclass(frozen=True)
 class TokenMasks:
@@ -44,11 +46,15 @@ class TokenMasks:
 
 
 def token_masks(kwargs: dict[str, Any], encoder_decoder: bool) -> TokenMasks:
-    """Read the masks from a model's keyword arguments; a decoder without one takes the labelled positions."""
-    of_decoder, labels = kwargs.get("decoder_attention_mask"), kwargs.get("labels")
+    """Read the masks from a model's keyword arguments; a decoder without one takes the labelled positions.
+
+    If it has one label a row, it classifies, and its decoder reads the input again, one position later.
+    """
+    of_input, of_decoder = kwargs.get("attention_mask"), kwargs.get("decoder_attention_mask")
+    labels = kwargs.get("labels")
     if encoder_decoder and of_decoder is None and labels is not None:
-        of_decoder = labels != -100
-    return TokenMasks(kwargs.get("attention_mask"), of_decoder, encoder_decoder)
+        of_decoder = labels != -100 if labels.ndim > 1 else of_input
+    return TokenMasks(of_input, of_decoder, encoder_decoder)
 
 
 def reads_decoder(layer: str) -> bool:
@@ -73,6 +79,24 @@ def prompt_of_labels(labels: Tensor, mask: Tensor | None) -> Tensor:
     first = real & (real.cumsum(dim=-1) == 1)
     prompt = unlabelled & real
     return torch.where(prompt.any(dim=-1, keepdim=True), prompt, first)
+
+
+def ids_of_tokens(ids: Tensor, shape: torch.Size) -> Tensor:
+    """Ids of a module's tokens.
+
+    Args:
+        ids: Integers `[B, S]`.
+        shape: `[B, S]` of the module's tokens, or `[T]` where it sees them without their rows.
+
+    Raises:
+        MoloraError: If these are other tokens, as in the later steps of a generation.
+    """
+    if ids.numel() != shape.numel() or (len(shape) > 1 and ids.shape != shape):
+        raise MoloraError(
+            f"task_ids of tokens have shape {list(ids.shape)} and the tokens of this pass {list(shape)}; give one id "
+            "per token, [B, S], or one per row, [B], as generation needs."
+        )
+    return ids.long().reshape(shape)
 
 
 def pool_mean(x: Tensor, mask: Tensor | None) -> Tensor:

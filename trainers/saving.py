@@ -1,0 +1,168 @@
+"""`WholeCheckpointsMixin`: a killed save costs no checkpoint, and a resumed run is the same run."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from accelerate.utils import reduce
+from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from molora.trainers.checkpoints import (
+    OUR_STATE,
+    REPLACED,
+    checkpoint_to_resume,
+    keep_out_of_rotation,
+    make_room,
+    put_back_replaced,
+    remove,
+    warn_of_what_is_not_resumed,
+    what_we_saved,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class WholeCheckpointsMixin:
+    """A killed save costs a trainer no checkpoint, and a resumed run logs what it would have without a break.
+
+    `train(resume_from_checkpoint=True)` takes the last whole checkpoint. A checkpoint replaces one of the same step
+    when it is whole, and no sooner; so does each file of an adapter saved over another. Part of `RoutingLossMixin`.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._resumed_from: str | None = None
+        trainer: Any = self
+        trainer.add_callback(_ContinueCallback(trainer))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train as the trainer does, from a checkpoint that is whole.
+
+        Args:
+            resume_from_checkpoint: `True` for the last whole checkpoint in `output_dir`, or its folder.
+            *args: Further arguments of the trainer's own `train`.
+            **kwargs: The same.
+
+        Raises:
+            MoloraError: If there is no whole checkpoint, or the folder given holds none.
+        """
+        trainer: Any = self
+        output_dir = trainer.args.output_dir
+        if resume_from_checkpoint:
+            if trainer.args.should_save:
+                put_back_replaced(output_dir)
+            trainer.accelerator.wait_for_everyone()
+        found = checkpoint_to_resume(resume_from_checkpoint, output_dir)
+        if found is not None and trainer.is_world_process_zero():
+            warn_of_what_is_not_resumed(found, resume_from_checkpoint is True, output_dir)
+        self._resumed_from = found
+        return super().train(found, *args, **kwargs)  # type: ignore[misc]  # the trainer this is mixed into
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        trainer: Any = self
+        folder = Path(trainer._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
+        if trainer.args.should_save:
+            make_room(folder)
+            if trainer.args.save_total_limit:
+                keep_out_of_rotation(folder)
+        trainer.accelerator.wait_for_everyone()
+        trainer.state.stateful_callbacks[OUR_STATE] = {"args": {}, "attributes": self._state_to_continue()}
+        super()._save_checkpoint(model, trial)  # type: ignore[misc]  # the trainer this is mixed into
+        if trainer.args.should_save:
+            remove(folder.with_name(REPLACED + folder.name))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)  # type: ignore[misc]  # the trainer this is mixed into
+        trainer: Any = self
+        # GRPO and RLOO may train several steps on the same answers, which other weights would not give again.
+        answers = getattr(trainer, "_buffered_inputs", None)
+        if answers is not None and trainer._step % (trainer.args.steps_per_generation * trainer.num_iterations):
+            torch.save({"step": trainer._step, "answers": answers}, self._answers_file(output_dir))
+        # Every process saves its own, and the state comes after: it says that all have.
+        trainer.accelerator.wait_for_everyone()
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)  # type: ignore[misc]  # the trainer this is mixed into
+        trainer: Any = self
+        file = self._answers_file(checkpoint) if checkpoint is not None else None
+        if file is None or not file.is_file() or not hasattr(trainer, "_buffered_inputs"):
+            return
+        try:
+            saved = torch.load(file, map_location=trainer.args.device, weights_only=True)
+        except UnpicklingError:  # raw images
+            logger.warning("the answers in %s cannot be read without running code; new ones are generated", file)
+            return
+        trainer._step, trainer._buffered_inputs = saved["step"], saved["answers"]
+
+    def _answers_file(self, folder: str) -> Path:
+        trainer: Any = self
+        return Path(folder) / f"answers_{trainer.args.process_index}.pth"
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        trainer: Any = self
+        target = Path(output_dir if output_dir is not None else trainer.args.output_dir)
+        save: Any = super()._save  # type: ignore[misc]  # the trainer this is mixed into
+        if not trainer.args.should_save:
+            save(str(target), state_dict=state_dict)
+            return
+        # Inside the target, so that moving is renaming.
+        staging = target / ".saving"
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        if (target / "README.md").is_file():  # PEFT adds to the model card that it finds
+            shutil.copy2(target / "README.md", staging)
+        try:
+            save(str(staging), state_dict=state_dict)
+            for path in [path for path in staging.rglob("*") if path.is_file()]:
+                place = target / path.relative_to(staging)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(path, place)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+    def _state_to_continue(self) -> dict[str, Any]:
+        """What the log has gathered since its last line, and whether there is more than the model to resume from.
+
+        All processes call it. Values go to JSON.
+        """
+        trainer: Any = self
+        state: dict[str, Any] = {
+            "save_only_model": trainer.args.save_only_model,
+            "loss": reduce(trainer._tr_loss, reduction="mean").item(),
+            "last_logged": trainer._globalstep_last_logged,
+        }
+        if hasattr(trainer, "_total_train_tokens"):  # TRL's
+            state["total_train_tokens"] = trainer._total_train_tokens
+        gathered = getattr(trainer, "_metrics", {}).get("train", {})
+        state["metrics"] = {name: [float(value) for value in values] for name, values in gathered.items()}
+        return state
+
+    def _continue_from(self, state: dict[str, Any]) -> None:
+        """Take up what `_state_to_continue` returned when the checkpoint was saved."""
+        trainer: Any = self
+        trainer._tr_loss += state["loss"]
+        trainer._total_loss_scalar -= state["loss"]  # `train_loss` is the mean of this call's steps
+        trainer._globalstep_last_logged = state["last_logged"]
+        if "total_train_tokens" in state:
+            trainer._total_train_tokens = state["total_train_tokens"]
+        for name, values in state["metrics"].items():
+            trainer._metrics["train"][name].extend(values)
+
+
+class _ContinueCallback(TrainerCallback):
+    """Restores after the trainer has set its counters to nothing, which it does just before training begins."""
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        saved = what_we_saved({"stateful_callbacks": state.stateful_callbacks})
+        if saved:
+            self._trainer._continue_from(saved)
