@@ -3,6 +3,9 @@ PYTHON ?= python3.11
 VENV ?= .venv
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
+# hqq, which some tests need, would build CUDA kernels while it is installed.
+export DISABLE_CUDA := 1
+
 .PHONY: quickstart test lint types clean
 
 quickstart: $(VENV)/quickstart.done

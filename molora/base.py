@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -31,6 +32,7 @@ from transformers import (
 )
 
 from molora.errors import MoloraError, did_you_mean
+from molora.quantization import Quantization, refuse_half_loaded, refuse_quantising_twice
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +65,7 @@ def load_base(
     revision: str | None = None,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    quantization: Quantization | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and a tokenizer that can pad.
 
@@ -72,24 +75,33 @@ def load_base(
         revision: Branch, tag or commit on the hub.
         attn_implementation: Passed to transformers, e.g. `"sdpa"`.
         trust_remote_code: Let the repository run its own modelling code.
+        quantization: How to quantise the weights while loading. A checkpoint that is quantised says so itself.
 
     Returns:
         The model, in evaluation mode, and its tokenizer.
 
     Raises:
         MoloraError: The model cannot be found, reached or read as a causal language model.
+        QuantizationError: It cannot be quantised as asked, or is quantised in a way that transformers cannot load.
 
     Example:
         >>> model, tokenizer = load_base("smollm2-135m-instruct")  # doctest: +SKIP
     """
     path = resolve_base(model_name_or_path)
     common: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
+    further: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation=attn_implementation, **common
-        )
+        if quantization is not None and quantization.asked:
+            config = AutoConfig.from_pretrained(path, **common)
+            refuse_quantising_twice(config, model_name_or_path)
+            saved = config.get_text_config().dtype or torch.float32
+            further["quantization_config"] = quantization.config(saved if dtype == "auto" else dtype)
+        model = AutoModelForCausalLM.from_pretrained(path, **further, **common)
+        refuse_half_loaded(model, model_name_or_path)
         tokenizer = AutoTokenizer.from_pretrained(path, **common)
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+    except (MoloraError, torch.OutOfMemoryError):
+        raise
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise MoloraError(_cannot_load(model_name_or_path, path, error)) from error
     ensure_pad_token(tokenizer, int(model.config.get_text_config().vocab_size))
     return model, tokenizer

@@ -19,6 +19,7 @@ from molora.ffn import combine_slots, expand_slots
 from molora.kernels import split_factors
 from molora.layouts import ACTIVATIONS, LAYOUTS
 from molora.plan import ModulePlan
+from molora.quantization import check_merge
 from molora.routing import Routing, route
 from molora.routing.precision import autocast_enabled, promote
 
@@ -261,9 +262,10 @@ class MoLoraLinear(MoLoraModule):
             adapter_names: Which to merge; the active ones by default.
 
         Raises:
-            MergeError: If a gate depends on what is passed in.
+            MergeError: If a gate depends on what is passed in, or quantised weights cannot be changed.
             ValueError: If `safe_merge` finds a broken adapter.
         """
+        check_merge(self.quantization_backend)
         for name in check_adapters_to_merge(self, adapter_names):
             if not self.has_adapter(name):
                 continue

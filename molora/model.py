@@ -22,6 +22,7 @@ from molora.layer import MoLoraLinear, cannot_merge
 from molora.loading import check_base, load_experts
 from molora.placement import Placement, restrict_layers
 from molora.plan import ModulePlan, plan_module, routing_reads
+from molora.quantization import check_merge
 from molora.row_adapters import adapters_by_row
 from molora.targets import adapted_sizes, check_level, check_nesting, check_targets, is_linear, text_config
 
@@ -170,10 +171,14 @@ class MoLoraModel(BaseTuner):
 
     def _refuse_routed(self, adapter_names: list[str] | None) -> None:
         # Before the first weight is touched: a layer that refuses in the middle would leave the others merged.
-        for name in adapter_names or self.active_adapters:
+        names = adapter_names or self.active_adapters
+        for name in names:
             config = self.peft_config.get(name)
             if isinstance(config, MoLoraConfig) and config.is_routed:
                 raise cannot_merge(name, routing_reads(config))
+        for module in self.model.modules():
+            if isinstance(module, MoLoraLayer) and any(map(module.has_adapter, names)):
+                check_merge(module.quantization_backend)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if hasattr(new_module, "base_layer"):

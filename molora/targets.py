@@ -7,13 +7,14 @@ from collections.abc import Iterable
 from typing import Any
 
 from peft import NoMatchingPeftModuleError
-from peft.tuners.tuners_utils import _get_in_out_features
-from peft.utils import resolve_quantization_backend
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, _maybe_include_all_linear_layers
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from molora.config import MoLoraConfig
 from molora.errors import TargetModulesError, did_you_mean
+from molora.quantization import quantization_backend
 from molora.routing.masks import reads_decoder
 from molora.routing.routers import reads
 
@@ -29,7 +30,7 @@ _ADDED_BY_PEFT = {"classifier", "score", "qa_outputs"}
 
 
 def check_targets(config: MoLoraConfig, model: nn.Module) -> None:
-    """Refuse targets that match nothing.
+    """Refuse targets that match nothing, and let `all-linear` mean quantised linears too.
 
     Args:
         config: `target_modules` is read; nothing is checked while it is `None` or a shorthand of PEFT's.
@@ -40,6 +41,7 @@ def check_targets(config: MoLoraConfig, model: nn.Module) -> None:
     """
     targets = config.target_modules
     if targets is None or (isinstance(targets, str) and targets in _SHORTHANDS):
+        _include_quantised(config, model)
         return
     names = _module_names(model)
     if isinstance(targets, str):
@@ -52,7 +54,7 @@ def check_targets(config: MoLoraConfig, model: nn.Module) -> None:
         {
             name.removesuffix(".base_layer").rsplit(".", 1)[-1]
             for name, module in model.named_modules()
-            if isinstance(module, nn.Linear | Conv1D)
+            if is_linear(module)
         }
     )
     raise NoMatchingTargetError(
@@ -61,6 +63,25 @@ def check_targets(config: MoLoraConfig, model: nn.Module) -> None:
         + f" Its linear layers end in: {', '.join(linears)}. A list names module endings, a string is one regular "
         "expression over full names, and 'all-linear' means all of them."
     )
+
+
+def _include_quantised(config: MoLoraConfig, model: nn.Module) -> None:
+    """Add to `all-linear` the linears that PEFT does not know by their class, as those of GPTQ, AWQ and HQQ."""
+    if config.target_modules != "all-linear":
+        return
+    adapters = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+    embeddings: list[Any] = []
+    if isinstance(model, PreTrainedModel):
+        embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
+    found = {
+        name
+        for name, module in model.named_modules()
+        if is_linear(module) and not isinstance(module, nn.Linear | Conv1D) and module not in embeddings
+    }
+    found = {name for name in found if not name.startswith(adapters)}
+    if found:
+        _maybe_include_all_linear_layers(config, model)
+        config.target_modules = sorted(found.union(config.target_modules))
 
 
 def check_modules_to_save(config: MoLoraConfig, model: nn.Module) -> None:
@@ -163,8 +184,9 @@ def is_linear(module: nn.Module) -> bool:
     """Whether a module is one that molora adapts as a linear."""
     if isinstance(module, nn.Linear | Conv1D):
         return True
-    backend = resolve_quantization_backend(module)
-    return backend is not None and backend.layer_type == "linear"
+    backend = quantization_backend(module)
+    # torchao changes weights and not classes, those of embeddings too.
+    return backend is not None and backend.layer_type == "linear" and backend.backend_name != "torchao"
 
 
 def text_config(model: nn.Module) -> Any:

@@ -16,6 +16,7 @@ from molora.base import ensure_pad_token, load_base
 from molora.commands.needs import known_tasks, reads_scores, reads_tasks, scores_per_row
 from molora.config import MoLoraConfig
 from molora.errors import ConfigError, Problem, did_you_mean
+from molora.quantization import Quantization
 
 
 def run(
@@ -51,7 +52,8 @@ def run(
     name = base_model or config.base_model_name_or_path
     if not name:
         raise ConfigError([Problem("base_model", f"{directory} does not name its base model; pass --base-model.")])
-    base, tokenizer = load_base(name)
+    quantization = None if base_model else Quantization.of_run(directory)
+    base, tokenizer = load_base(name, quantization=quantization)
     model = PeftModel.from_pretrained(base, directory).eval()
     if (Path(directory) / "tokenizer_config.json").exists():
         # Saved with the adapter: the chat template it was trained with.

@@ -20,6 +20,7 @@ from molora.commands.parameters import count_by_kind, module_kind
 from molora.commands.session import RunData, adapt, load_skeleton, read_tasks, tokenise, with_existing_adapter
 from molora.data import format_preview
 from molora.errors import ConfigError
+from molora.quantization import Quantization
 from molora.runfile import RunFile, check_output_dir
 
 
@@ -44,7 +45,7 @@ def run(run_file: RunFile) -> int:
     console.print(resolved, highlight=False, markup=False, soft_wrap=True)
     console.print(_modules(model))
     console.print(_parameters(model))
-    console.print(_memory(model, arguments, data))
+    console.print(_memory(run_file, model, arguments, data))
     console.print(_datasets(data, arguments))
     _preview(console, data, tokenizer, arguments)
     for sentence in advice_on_tasks(run_file, tasks):
@@ -78,10 +79,10 @@ def _parameters(model: PeftModel) -> Table:
     return table
 
 
-def _memory(model: PeftModel, arguments: SFTConfig, data: RunData) -> Table:
+def _memory(run_file: RunFile, model: PeftModel, arguments: SFTConfig, data: RunData) -> Table:
     """Weights, gradients and optimizer are counted; activations are a rule of thumb and say so."""
     trainable = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
+    frozen = Quantization.of(run_file.model).bytes_of(model)
     longest = max(len(row) for task in data.train for row in task.dataset["input_ids"])
     tokens = arguments.per_device_train_batch_size * longest
     parts = {

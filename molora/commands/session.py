@@ -17,6 +17,7 @@ from molora.commands.needs import check_needs
 from molora.config import MoLoraConfig
 from molora.data import TaskData, TokenizedTask, load_tasks, mix, tokenize_tasks
 from molora.errors import ConfigError, DataError, MoloraError, Problem, TargetModulesError
+from molora.quantization import Quantization, QuantizationError
 from molora.runfile import RunFile
 from molora.targets import check_modules_to_save
 
@@ -94,7 +95,11 @@ def load_model(run: RunFile) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
             revision=model.model_revision,
             attn_implementation=model.attn_implementation,
             trust_remote_code=model.trust_remote_code,
+            quantization=Quantization.of(model),
         )
+    except QuantizationError as error:
+        asked = next((key for key in ("load_in_4bit", "load_in_8bit") if getattr(model, key)), "model_name_or_path")
+        raise run.error(asked, str(error)) from error
     except MoloraError as error:
         raise run.error("model_name_or_path", str(error)) from error
 
