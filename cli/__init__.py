@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Sequence
 
 from molora_cli.arguments import parse
@@ -25,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     try:
         arguments = parse([word for word in words if word != "--debug"])
+        arguments.words = words
         code: int = arguments.handler(arguments)
         sys.stdout.flush()
         return code
@@ -37,13 +39,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return _closed_pipe()
     except Exception as error:
-        if debug:
-            sys.excepthook(type(error), error, error.__traceback__)
         return _explained(error, debug)
+
+
+_SECONDS_OF_SILENCE = 10
 
 
 def _explained(error: Exception, debug: bool) -> int:
     """Print what went wrong and return the exit code."""
+    process = int(os.environ.get("RANK", 0))
+    if process:
+        # What is wrong for one process is wrong for all: then the launcher ends this one before it says so again.
+        time.sleep(_SECONDS_OF_SILENCE)
+        print(f"process {process}:", file=sys.stderr)
+    if debug:
+        sys.excepthook(type(error), error, error.__traceback__)
     # A command that got as far as raising one of these has imported the module.
     errors = sys.modules.get("molora.errors")
     if errors and isinstance(error, errors.MoloraError):

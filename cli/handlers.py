@@ -16,6 +16,11 @@ def train(arguments: Namespace) -> int:
     from molora.runfile import load_run_file
 
     run_file = load_run_file(arguments.file, arguments.overrides)
+    if run_file.wants_processes:
+        from molora.commands.launch import is_launched, launch
+
+        if not is_launched():
+            return launch(run_file, arguments.words)
     from molora.commands.train import run
 
     return run(run_file)

@@ -375,7 +375,12 @@ def test_check_output_dir(folder: Path) -> None:
         check_output_dir(load(GOOD, "--resume_from_checkpoint"))
     with pytest.raises(ConfigError, match="there is no folder 'out/checkpoint-2'"):
         check_output_dir(load(GOOD, "resume_from_checkpoint=out/checkpoint-2"))
-    (folder / "out" / "checkpoint-1").mkdir()
+    checkpoint = folder / "out" / "checkpoint-1"
+    checkpoint.mkdir()
+    with pytest.raises(ConfigError, match="there is no whole checkpoint in 'out'"):
+        check_output_dir(load(GOOD, "--resume_from_checkpoint"))
+    (checkpoint / "trainer_state.json").write_text('{"global_step": 1}')
+    (checkpoint / "adapter_model.bin").write_bytes(b"PK\5\6" + bytes(18))  # an empty zip
     check_output_dir(load(GOOD, "--resume_from_checkpoint"))
     check_output_dir(load(GOOD, "resume_from_checkpoint=out/checkpoint-1"))
     with pytest.raises(ConfigError, match="is a file; name a folder"):

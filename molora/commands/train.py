@@ -4,26 +4,36 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import warnings
-from dataclasses import asdict
+from contextlib import suppress
+from dataclasses import asdict, replace
 
 import torch
 import yaml
+from accelerate import PartialState
+from accelerate.utils import DistributedType, gather_object
 from peft import PeftModel
 from rich.console import Console
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase, set_seed
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.utils.logging import disable_progress_bar
 
+from molora.base import resolve_base
 from molora.commands.needs import advice_on_tasks, reads_scores, reads_tasks
 from molora.commands.progress import CompactProgress
 from molora.commands.session import RunData, adapt, load_model, read_tasks, tokenise, with_existing_adapter
 from molora.data import TaskCollator
+from molora.errors import MoloraError
 from molora.evaluation import TaskScore, score_table, score_tasks
+from molora.quantization import RUN_FILE
 from molora.report import REPORT_FILE, TaskRouting, routing_by_task, routing_table
 from molora.runfile import RunFile, check_output_dir
 from molora.trainers import MoLoraSFTTrainer
 
-RESOLVED_FILE = "molora_run.yaml"
-"""Written beside the adapter: the complete run file that reproduces it."""
+_SHARDING = ("FSDP", "DEEPSPEED")
+"""What accelerate's launcher may ask of a process, by environment variables such as `ACCELERATE_USE_FSDP`."""
 
 
 def run(run_file: RunFile) -> int:
@@ -33,15 +43,22 @@ def run(run_file: RunFile) -> int:
         ConfigError: If the run file cannot be carried out as it stands.
         DataError: If a dataset cannot be used.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("molora").setLevel(logging.INFO)
     # PEFT asks transformers by the old name; nothing a user of this command could change.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-    console = Console()
     check_output_dir(run_file)
     arguments = run_file.sft_config(dataset_kwargs={"skip_prepare_dataset": True})
+    state = PartialState()  # which the line above has set up
+    run_file = _as_launched(run_file, state)
+    state.wait_for_everyone()  # no process writes before the last one has seen what `output_dir` holds
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("molora").setLevel(logging.INFO if state.is_main_process else logging.WARNING)
+    console = Console(quiet=not state.is_main_process)
+    if not state.is_main_process:
+        disable_progress_bar()
     run_file = with_existing_adapter(run_file)
-    tasks = read_tasks(run_file)
+    with state.local_main_process_first():  # the others find what it downloaded or converted
+        tasks = read_tasks(run_file)
+        _fetch_base(run_file)
     set_seed(arguments.seed)
     base, tokenizer = load_model(run_file)
     data = tokenise(run_file, tasks, tokenizer, arguments.max_length)
@@ -58,33 +75,103 @@ def run(run_file: RunFile) -> int:
     )
     CompactProgress.install(trainer)
     _introduce(console, run_file, model, data)
-    before: list[TaskScore] = []
-    if run_file.evaluation.evaluate_tasks:
-        with model.disable_adapter():
-            before = _score(run_file, model, tokenizer, data)
-    trainer.train(resume_from_checkpoint=run_file.training.get("resume_from_checkpoint"))
+    scored, sharded = run_file.evaluation.evaluate_tasks, _is_sharded(trainer)
+    # A model that is shared out takes its place on the devices when training starts, and its base does not change.
+    before = _score_base(run_file, model, tokenizer, data) if scored and not sharded else []
+    resume = run_file.training.get("resume_from_checkpoint")
+    trainer.train(resume_from_checkpoint=os.path.expanduser(resume) if isinstance(resume, str) else resume)
     _check_finite(model)
     trainer.save_model()
     after, routing = [], []
-    if run_file.evaluation.evaluate_tasks and data.eval:
-        after = _score(run_file, model, tokenizer, data)
+    if scored and data.eval:
+        if sharded:
+            before = _score_base(run_file, model, tokenizer, data, together=True)
+        after = _score(run_file, model, tokenizer, data, together=sharded)
         routing = routing_by_task(model, data.eval, trainer.data_collator)
-    _finish(console, run_file, data, before, after, routing)
+    if state.is_main_process:
+        _finish(console, run_file, data, before, after, routing)
+    state.wait_for_everyone()  # a process that leaves first takes the others down with it
     return 0
+
+
+def _as_launched(run_file: RunFile, state: PartialState) -> RunFile:
+    """Return the run with the number of processes there are.
+
+    Raises:
+        ConfigError: If the launcher started other processes than the run file asks for.
+    """
+    asked = [name for name in _SHARDING if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true"]
+    if asked and state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU):
+        message = f"accelerate was told to use {asked[0]} and shares no model among CPUs; use 'ddp', or GPUs."
+        raise run_file.error("accelerate_config", message)
+    if "FSDP" in asked and os.environ.get("FSDP_VERSION") != "2":
+        raise run_file.error("accelerate_config", "FSDP 1 is not supported here; set `fsdp_version: 2`.")
+    given = run_file.launch.num_processes
+    if given not in (None, state.num_processes):
+        message = f"got {given}, and the launcher started {state.num_processes}; leave the key out, or change one."
+        raise run_file.error("num_processes", message)
+    if given is None and state.num_processes == 1:
+        return run_file
+    return replace(run_file, launch=replace(run_file.launch, num_processes=state.num_processes))
+
+
+def _fetch_base(run_file: RunFile) -> None:
+    """Convert the packaged model in one process; whatever is wrong, `load_model` says with its line."""
+    with suppress(MoloraError):
+        resolve_base(run_file.model.model_name_or_path)
+
+
+def _is_sharded(trainer: MoLoraSFTTrainer) -> bool:
+    """Whether each process holds a part of the model only, so that all must run each forward together."""
+    return trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled()
 
 
 def _check_finite(model: PeftModel) -> None:
     """Refuse to save what has diverged; the trainer's own log shows a loss of 0 for NaN."""
-    broken = [name for name, p in model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    broken = gather_object([name for name, p in trained if not torch.isfinite(_held_here(p)).all()])
     if broken:
         raise RuntimeError(
-            f"training diverged: {len(broken)} parameters hold NaN or infinity, {broken[0]} first. Nothing was saved; "
-            "try a lower learning_rate, or a max_grad_norm."
+            f"training diverged: {len(set(broken))} parameters hold NaN or infinity, {broken[0]} first. Nothing was "
+            "saved; try a lower learning_rate, or a max_grad_norm."
         )
 
 
-def _score(run_file: RunFile, model: PeftModel, tokenizer: PreTrainedTokenizerBase, data: RunData) -> list[TaskScore]:
-    return score_tasks(model, tokenizer, data.tasks, max_new_tokens=run_file.evaluation.eval_max_new_tokens)
+def _held_here(parameter: torch.Tensor) -> torch.Tensor:
+    """The part of a parameter that this process holds."""
+    if isinstance(parameter, DTensor):
+        return parameter.to_local()
+    part: torch.Tensor = getattr(parameter, "ds_tensor", parameter)  # DeepSpeed ZeRO-3 leaves the rest empty
+    return part
+
+
+def _score(
+    run_file: RunFile,
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: RunData,
+    together: bool = False,
+) -> list[TaskScore]:
+    """Score every task: each process some of them, or all of them together where none has the whole model."""
+    state, tasks = PartialState(), data.tasks
+    if not together:
+        here = range(state.process_index, len(tasks), state.num_processes)
+        tasks = [task if index in here else replace(task, eval=[]) for index, task in enumerate(tasks)]
+    longest = run_file.evaluation.eval_max_new_tokens
+    scores = score_tasks(model, tokenizer, tasks, max_new_tokens=longest, progress=state.is_main_process)
+    if together:
+        return scores
+    places = {task.name: index for index, task in enumerate(data.tasks)}
+    everyones: list[TaskScore] = gather_object(scores)
+    return sorted(everyones, key=lambda score: places[score.task])
+
+
+def _score_base(
+    run_file: RunFile, model: PeftModel, tokenizer: PreTrainedTokenizerBase, data: RunData, together: bool = False
+) -> list[TaskScore]:
+    """Score the model without its adapter."""
+    with model.disable_adapter():
+        return _score(run_file, model, tokenizer, data, together)
 
 
 def _introduce(console: Console, run_file: RunFile, model: PeftModel, data: RunData) -> None:
@@ -118,7 +205,7 @@ def _finish(
     }
     (folder / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     resolved = yaml.safe_dump(run_file.resolved(), sort_keys=False, allow_unicode=True)
-    (folder / RESOLVED_FILE).write_text(resolved, encoding="utf-8")
+    (folder / RUN_FILE).write_text(resolved, encoding="utf-8")
     if after:
         console.print("\nScores on held-out rows")
         console.print(score_table(before, after))

@@ -26,6 +26,15 @@ class ModelArguments:
     attn_implementation: str | None = _option(None, "Attention of the model, as in transformers: `sdpa`, `eager` …")
     trust_remote_code: bool = _option(False, "Run Python code that comes with the model.")
     adapter_name_or_path: str | None = _option(None, "An existing molora adapter to continue training.")
+    load_in_8bit: bool = _option(False, "Quantise the model's linears to 8 bits while loading, with bitsandbytes.")
+    load_in_4bit: bool = _option(
+        False, "Quantise the model's linears to 4 bits while loading, with bitsandbytes; computes in `dtype`."
+    )
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = _option("nf4", "The kind of 4 bits.")
+    use_bnb_nested_quant: bool = _option(False, "Quantise the scales of the 4 bits too.")
+    bnb_4bit_quant_storage: Literal["uint8", "int8", "bfloat16", "float16", "float32", "float64"] | None = _option(
+        None, "What 4 bits are packed into; `uint8` by default, for FSDP the same as `dtype`."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,3 +67,17 @@ class RunSwitches:
     """What a run may do beyond training. The meaning of each field is in its `help` metadata."""
 
     overwrite: bool = _option(False, "Allow an `output_dir` that already holds files.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchArguments:
+    """How many processes train, and how. The meaning of each field is in its `help` metadata."""
+
+    num_processes: Annotated[int, Ge(1)] | None = _option(
+        None, "Processes to train with, one a GPU; `molora train` starts them through accelerate."
+    )
+    accelerate_config: str | None = _option(
+        None,
+        "How the processes share the work: `ddp`, `fsdp2`, `zero2`, `zero3` or `single`, or a file that "
+        "`accelerate config` wrote. Default `ddp` if there are several.",
+    )

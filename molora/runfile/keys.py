@@ -10,10 +10,17 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 from annotated_types import Ge, Gt, Lt
 
-from molora.runfile.arguments import DatasetArguments, EvaluationArguments, ModelArguments, RunSwitches
+from molora.runfile.arguments import (
+    DatasetArguments,
+    EvaluationArguments,
+    LaunchArguments,
+    ModelArguments,
+    RunSwitches,
+)
 from molora.runfile.renamed import REFUSED
 
 MODEL, ADAPTER, TRAINING, DATA, EVALUATION, RUN = "model", "adapter", "training", "datasets", "evaluation", "run"
+LAUNCH = "launch"
 
 _Count = Annotated[int, Ge(1)]
 _Positive = Annotated[float, Gt(0)]
@@ -156,6 +163,7 @@ def top_level_keys() -> dict[str, Key]:
         *_keys_of(MODEL, ModelArguments, dataclasses.fields(ModelArguments)),
         *_keys_of(EVALUATION, EvaluationArguments, dataclasses.fields(EvaluationArguments)),
         *_keys_of(RUN, RunSwitches, dataclasses.fields(RunSwitches)),
+        *_keys_of(LAUNCH, LaunchArguments, dataclasses.fields(LaunchArguments)),
         datasets,
     ]
     # molora loads the model, so loading it is a matter of the model's group.

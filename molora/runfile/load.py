@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from molora.config import MoLoraConfig
-from molora.errors import ConfigError, did_you_mean
+from molora.errors import ConfigError, did_you_mean, one_of
+from molora.quantization import Quantization
 from molora.runfile import keys
-from molora.runfile.arguments import DatasetArguments, EvaluationArguments, ModelArguments
+from molora.runfile.arguments import DatasetArguments, EvaluationArguments, LaunchArguments, ModelArguments
 from molora.runfile.datasets import check_datasets, looks_local
 from molora.runfile.document import Document, KeyPath, closest_file, expand, read_document
 from molora.runfile.overrides import apply_overrides
 from molora.runfile.renamed import REFUSED, RENAMED, RENAMED_IN_DATASETS
-from molora.runfile.run import RunFile
+from molora.runfile.run import SINGLE, RunFile, accelerate_profiles
 from molora.runfile.values import is_valid, mistakes
 
 REQUIRED = {"model_name_or_path", "output_dir", "datasets", "path"}
@@ -58,6 +60,7 @@ def load_run_file(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -
         training=groups[keys.TRAINING],
         datasets=tuple(DatasetArguments(**entry) for entry in datasets),
         evaluation=EvaluationArguments(**groups[keys.EVALUATION]),
+        launch=LaunchArguments(**groups[keys.LAUNCH]),
         overwrite=groups[keys.RUN].get("overwrite", False),
         preset=preset,
         document=document,
@@ -142,6 +145,10 @@ def _check_together(document: Document, values: Mapping[str, Any], datasets: Seq
         value = values.get(name)
         if value and looks_local(value, Path()) and not os.path.exists(expand(value)):
             document.report((name,), f"there is no folder {value!r}.{closest_file(expand(value))}")
+    _check_launch(document, values)
+    asked = {field.name: values[field.name] for field in dataclasses.fields(Quantization) if field.name in values}
+    for field, message in Quantization(**asked).problems():
+        document.report((field,), message)
     for old, new in (
         ("gradient_checkpointing", "activation_checkpointing"),
         ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),
@@ -151,3 +158,15 @@ def _check_together(document: Document, values: Mapping[str, Any], datasets: Seq
     has_eval = any(entry.get("eval_path") or entry.get("eval_split") for entry in datasets)
     if values.get("eval_strategy", "no") != "no" and datasets and not has_eval:
         document.report(("eval_strategy",), "needs a dataset with `eval_path` or `eval_split`.")
+
+
+def _check_launch(document: Document, values: Mapping[str, Any]) -> None:
+    given, processes = values.get("accelerate_config"), values.get("num_processes") or 1
+    profiles = accelerate_profiles()
+    if given is None or given in profiles:
+        if given in SINGLE and processes > 1:
+            document.report(("num_processes",), f"got {processes}, and accelerate_config {given!r} runs one process.")
+    elif looks_local(given, Path()) and not expand(given).is_file():
+        document.report(("accelerate_config",), f"there is no file {given!r}.{closest_file(expand(given))}")
+    elif not expand(given).is_file():
+        document.report(("accelerate_config",), f"{one_of(given, profiles)} Or name a file of `accelerate config`.")

@@ -29,8 +29,10 @@ RENAMED: dict[str, str] = {
     "dataset_config": "belongs in the list `datasets: [{path: …, name: …}]`.",
     "dataset_train_split": "belongs in the list `datasets: [{path: …, split: …}]`.",
     "dataset_test_split": "belongs in the list `datasets: [{path: …, eval_split: …}]`.",
-    "load_in_4bit": "cannot be asked for in a run file; load the quantised model in Python and use get_peft_model.",
-    "load_in_8bit": "cannot be asked for in a run file; load the quantised model in Python and use get_peft_model.",
+    "quantization_config": "is written as TRL's keys, `load_in_4bit: true` or `load_in_8bit: true`.",
+    "quantization_bit": "is called `load_in_4bit` or `load_in_8bit`.",
+    "bnb_4bit_use_double_quant": "is called `use_bnb_nested_quant`.",
+    "bnb_4bit_compute_dtype": "follows `dtype`.",
     # Models.
     "torch_dtype": "is now called `dtype`.",
     "model": "is called `model_name_or_path`.",

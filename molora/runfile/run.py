@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.resources
 import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from molora.config import MoLoraConfig
-from molora.errors import ConfigError, Problem
-from molora.runfile.arguments import DatasetArguments, EvaluationArguments, ModelArguments
+from molora.errors import ConfigError, MoloraError, Problem
+from molora.runfile.arguments import DatasetArguments, EvaluationArguments, LaunchArguments, ModelArguments
 from molora.runfile.document import Document, expand
 
 if TYPE_CHECKING:
     from trl import SFTConfig
+
+
+SINGLE = ("single", "single_gpu")
+"""Names of the profile that starts no further process."""
+
+
+def accelerate_profiles() -> dict[str, Path]:
+    """The accelerate configurations that have a name, TRL's names for them included."""
+    folder = Path(str(importlib.resources.files("molora.configs"))) / "accelerate"
+    profiles = {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+    return {**profiles, "multi_gpu": profiles["ddp"], "single_gpu": profiles["single"]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +40,7 @@ class RunFile:
         training: The fields of `SFTConfig` that were given, and only those.
         datasets: The mixture of datasets; local paths are absolute.
         evaluation: How tasks are scored.
+        launch: How many processes train, and how.
         overwrite: Whether `output_dir` may already hold files.
         preset: Name of the preset the adapter started from.
     """
@@ -38,6 +51,7 @@ class RunFile:
     training: dict[str, Any]
     datasets: tuple[DatasetArguments, ...]
     evaluation: EvaluationArguments
+    launch: LaunchArguments
     overwrite: bool
     preset: str | None
     document: Document = dataclasses.field(repr=False, compare=False)
@@ -46,6 +60,12 @@ class RunFile:
     def output_dir(self) -> Path:
         """Where the run writes, relative to the current directory."""
         return expand(self.training["output_dir"])
+
+    @property
+    def wants_processes(self) -> bool:
+        """Whether training is to run in processes that a launcher starts."""
+        profile = self.launch.accelerate_config
+        return (self.launch.num_processes or 1) > 1 or (profile is not None and profile not in SINGLE)
 
     def gives(self, field: str) -> bool:
         """Whether the file or the command line sets a top-level key."""
@@ -79,6 +99,7 @@ class RunFile:
             **self.training,
             **dataclasses.asdict(self.evaluation),
             "overwrite": self.overwrite,
+            **dataclasses.asdict(self.launch),
         }
 
     def sft_config(self, **extra: Any) -> SFTConfig:
@@ -115,7 +136,7 @@ def check_output_dir(run: RunFile) -> None:
 
     Raises:
         ConfigError: If `output_dir` holds files and neither `overwrite` nor `resume_from_checkpoint` is set, if it is
-            no folder, or if a checkpoint to resume from is missing.
+            no folder, or if a checkpoint to resume from is missing or not whole.
     """
     folder, resume = run.output_dir, run.training.get("resume_from_checkpoint")
     if folder.exists() and not folder.is_dir():
@@ -123,10 +144,17 @@ def check_output_dir(run: RunFile) -> None:
     parent = next(parent for parent in folder.absolute().parents if parent.exists())
     if not parent.is_dir():
         raise run.error("output_dir", f"{os.fspath(parent)!r} is a file, so no folder can be made in it.")
-    if resume is True and not any(folder.glob("checkpoint-*")):
+    if resume is True and not any(folder.glob("*checkpoint-*")):
         raise run.error("resume_from_checkpoint", f"there is no checkpoint in {os.fspath(folder)!r}.")
     if isinstance(resume, str) and not expand(resume).is_dir():
         raise run.error("resume_from_checkpoint", f"there is no folder {resume!r}.")
+    if resume:
+        from molora.trainers.checkpoints import checkpoint_to_resume
+
+        try:
+            checkpoint_to_resume(resume if resume is True else expand(resume), folder)
+        except MoloraError as error:
+            raise run.error("resume_from_checkpoint", str(error)) from error
     if folder.is_dir() and any(folder.iterdir()) and not (run.overwrite or resume):
         raise run.error(
             "output_dir",
