@@ -14,6 +14,9 @@ from transformers import TrainingArguments
 from molora import MoLoraConfig, record_routing
 from molora.data.collate import TaskCollator
 from molora.losses import LOSSES, LossInputs, total_loss
+from molora.routing.masks import TokenMasks
+from molora.routing.record import RoutingRecord
+from molora.routing.route import Routing
 from molora.routing.stacked import stack_records
 from molora.trainers import MoLoraTrainer
 
@@ -215,6 +218,20 @@ def test_packed_examples_are_judged_one_by_one():
         model(input_ids=torch.cat([first, second], dim=1), position_ids=positions, attention_mask=blocks)
     packed, _ = total_loss(stack_records(records), losses, tasks)
     torch.testing.assert_close(packed, expected)
+
+
+def test_several_decisions_of_a_token_stay_with_their_packed_example():
+    """Polytropon's multi-head form decides for each part of the features."""
+    of_tokens = torch.arange(10.0).reshape(1, 10, 1).expand(1, 10, 3)  # five tokens with two decisions each
+    routing = Routing(of_tokens, of_tokens, of_tokens > 0, of_tokens)
+    packed = torch.tensor([[0, 1, -1], [2, 3, 4]])
+    record = RoutingRecord("a", "x", routing, TokenMasks(), vectors=2, packed_rows=packed)
+    [stack] = stack_records([record])
+    assert stack.probabilities[0, 1, :, 0].tolist() == [4, 5, 6, 7, 8, 9]
+    assert stack.probabilities[0, 0, :4, 0].tolist() == [0, 1, 2, 3]
+    assert stack.mask.int().tolist() == [[1, 1, 1, 1, 0, 0], [1] * 6]
+    padded = RoutingRecord("a", "x", routing, TokenMasks(torch.tensor([[1, 1, 1, 0, 0]])), vectors=2)
+    assert padded.mask.int().tolist() == [[1] * 6 + [0] * 4]
 
 
 @pytest.mark.parametrize("coefficient", [{"start": 0.0, "end": 1.0, "until": 1.0}, {"start": 0.5, "end": 0.1}])
