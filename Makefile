@@ -3,16 +3,19 @@ PYTHON ?= python3.11
 VENV ?= .venv
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-# hqq, which some tests need, would build CUDA kernels while it is installed.
+# hqq, which tests of quantised models need, would build CUDA kernels while it is installed.
 export DISABLE_CUDA := 1
 
-.PHONY: quickstart test lint types clean
+.PHONY: quickstart test test-quantization lint types clean
 
 quickstart: $(VENV)/quickstart.done
 	$(VENV)/bin/molora train configs/quickstart.yaml $(ARGS)
 
 test: $(VENV)/test.done
 	$(VENV)/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+test-quantization: $(VENV)/test-quantization.done
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal tests/test_quantization.py tests/test_quantization_run.py $(ARGS)
 
 lint: $(VENV)/dev.done
 	$(VENV)/bin/ruff check .
@@ -38,6 +41,10 @@ $(VENV)/quickstart.done: $(VENV)/base.done
 
 $(VENV)/test.done: $(VENV)/quickstart.done
 	$(PIP) -e ".[test]"
+	touch $@
+
+$(VENV)/test-quantization.done: $(VENV)/test.done
+	$(PIP) -e ".[test-quantization]"
 	touch $@
 
 $(VENV)/dev.done: $(VENV)/test.done

@@ -8,6 +8,7 @@ from typing import Any
 from molora.errors import Problem
 from molora.losses import ADAPTIVE, coefficient_at, is_scheduled, loss_needs, settings_of
 from molora.routing import ROUTERS, reads
+from molora.routing.gates import EXACT_ZEROS
 
 Config = Any
 """A `MoLoraConfig`; not imported, since its module calls the checks here."""
@@ -15,19 +16,32 @@ Config = Any
 _ROWS_OF_INPUT = ("linear", "arrow", "prototype", "cosine")
 """Routers whose rows lie in the space of the input."""
 
+_OF_SHARES = (
+    *("load_balancing", "localized_balancing", "mutual_information", "parameter_penalty", "router_entropy"),
+    *("batch_entropy", "importance", "gate_contrastive"),
+)
+"""Losses of shares of probability, which numbers of any sign have none of."""
+
+_OF_ONE_EXPERT = ("router_z", "consistency")
+"""Losses that mean something for a single expert too."""
+
 _NOISY_GATES = ("gumbel_softmax", "relaxed_bernoulli")
 
 
 def check_losses(config: Config) -> Iterator[Problem]:
     """Losses that read what this routing does not have, or that could teach it nothing."""
     losses = config.routing_losses
+    fewest = config.num_experts if isinstance(config.num_experts, int) else min(config.num_experts)
     if losses and not reads(config.router):
         yield Problem("routing_losses", f"need a router that reads the input; router={config.router!r} does not.")
     for name, setting in losses.items():
         check = _CHECKS.get(name)
         _, options = settings_of(setting)
         needs = loss_needs(name, setting)
-        for problem in (*(check(config, options) if check else ()), *_of_parts(config, needs)):
+        problems = [*(check(config, options) if check else ()), *_of_parts(config, needs), *_of_shares(config, name)]
+        if name not in _OF_ONE_EXPERT and fewest + config.null_experts == 1:
+            problems.append("compares experts, and there is one.")
+        for problem in problems:
             yield Problem("routing_losses", f"{name}: {problem}")
     yield from _check_coefficients(losses)
 
@@ -74,8 +88,20 @@ def _of_parts(config: Config, needs: frozenset[str]) -> Iterator[str]:
         layouts = ("separate",) if "down" in needs else ("separate", "shared_A")
         if config.expert_layout not in layouts or config.num_splits > 1:
             yield f"needs experts with matrices of their own; set expert_layout={' or '.join(map(repr, layouts))}."
-    if "columns" in needs and (config.expert_scope == "ffn" or config.router_level == "sequence"):
-        yield "compares the experts' outputs for one token; set router_level='token' and expert_scope='linear'."
+        if config.router_sharing in ("block", "model") or config.expert_scope == "ffn":
+            yield "would reach only the first of the linears that decide together; set router_sharing='none'."
+    by_row = config.router_level == "sequence" or not reads(config.router) & {"input", "hidden", "state"}
+    if "columns" in needs and by_row:
+        yield "compares the experts' outputs for one token, and a decision here is about a whole row."
+    if "rows" in needs and config.freeze_router:
+        yield "moves the router's rows, and freeze_router=True keeps them."
+    if "down" in needs and config.freeze_A:
+        yield "moves A, and freeze_A=True keeps it; set target: B."
+
+
+def _of_shares(config: Config, name: str) -> Iterator[str]:
+    if config.gate == "identity" and name in _OF_SHARES:
+        yield "takes shares of probability, and weights of gate='identity' have any sign; set another gate."
 
 
 def _load(config: Config, options: dict[str, Any]) -> Iterator[str]:
@@ -87,9 +113,19 @@ def _load(config: Config, options: dict[str, Any]) -> Iterator[str]:
 def _load_balancing(config: Config, options: dict[str, Any]) -> Iterator[str]:
     if options.get("scope") == "global" and options.get("count") == "first":
         yield "scope='global' counts every selected expert; leave `count` out, or set another scope."
+    if config.selection == "dense" and config.gate not in EXACT_ZEROS and options.get("count") != "first":
+        yield (
+            "balances selections, and selection='dense' selects every expert alike, so it teaches nothing; set "
+            "`importance` or `batch_entropy` instead."
+        )
 
 
 def _l1_sparsity(config: Config, options: dict[str, Any]) -> Iterator[str]:
+    if config.selection not in ("dense", "threshold"):
+        yield (
+            f"counts the experts whose gate is above zero, and selection={config.selection!r} keeps others too; set "
+            "selection='dense'."
+        )
     if config.null_experts:
         yield "a ReLU gate needs no null experts to leave some out; set null_experts=0."
     if config.gate != "relu":
@@ -104,9 +140,22 @@ def _router_z(config: Config, options: dict[str, Any]) -> Iterator[str]:
         yield "normalised logits are bounded already; leave it or logit_norm out."
 
 
+def _localized_balancing(config: Config, options: dict[str, Any]) -> Iterator[str]:
+    groups = options.get("groups", 2)
+    counts = config.num_experts if isinstance(config.num_experts, list) else [config.num_experts]
+    if any(count % groups for count in counts):
+        yield f"cuts the experts into {groups} equal groups, which num_experts={config.num_experts} does not allow."
+
+
+def _expert_orthogonality(config: Config, options: dict[str, Any]) -> Iterator[str]:
+    if options.get("target") == "output" and config.selection == "top_k" and config.top_k == 1:
+        yield "compares the selected experts of a token with one another, and top_k=1 selects one; set 2 or more."
+
+
 def _expert_contrastive(config: Config, options: dict[str, Any]) -> Iterator[str]:
-    if config.selection == "dense" and config.gate not in ("relu", "sparsemax"):
-        yield "compares selected experts with those left out, and selection='dense' leaves none out."
+    every = config.selection == "top_k" and (config.top_k or 2) == config.num_experts and not config.null_experts
+    if every or (config.selection == "dense" and config.gate not in EXACT_ZEROS):
+        yield "compares selected experts with those left out, and none is left out."
     if config.selection == "top_k" and config.top_k == 1:
         yield "compares the selected experts of a token with one another, and top_k=1 selects one; set 2 or more."
 
@@ -142,6 +191,8 @@ _CHECKS = {
     "load": _load,
     "l1_sparsity": _l1_sparsity,
     "router_z": _router_z,
+    "localized_balancing": _localized_balancing,
+    "expert_orthogonality": _expert_orthogonality,
     "expert_contrastive": _expert_contrastive,
     "gate_contrastive": _gate_contrastive,
     "consistency": _consistency,

@@ -29,7 +29,7 @@ class TaskRouting:
     Attributes:
         task: Name of the task.
         tokens: Tokens counted.
-        metrics: As in the training log: `experts_per_token`, `load_max`, `router_entropy`, `threshold_mean`, …
+        metrics: As in the training log: `experts_per_token`, `load_max`, `entropy`, `threshold_mean`, …
         distance: How far the task's expert load is from that of all tasks together, as total variation: 0 means it
             uses the experts as the others do, 1 that it shares none with them.
     """

@@ -33,7 +33,7 @@ def refused(**fields) -> str:
         ({"routing_contrastive": 0.1, "router": "cosine", "router_dim": 8}, "without router_dim"),
         ({"routing_contrastive": 0.1, **TOP_2, "router_level": "sequence"}, "router_level='token'"),
         ({"router_orthogonality": 0.1, **TOP_2, "router": "activation_norm"}, "has none"),
-        ({"expert_contrastive": 0.1, "selection": "dense"}, "leaves none out"),
+        ({"expert_contrastive": 0.1, "selection": "dense"}, "none is left out"),
         ({"expert_contrastive": 0.1, "selection": "top_k", "top_k": 1, "renormalize": False}, "set 2 or more"),
         ({"expert_contrastive": 0.1, **TOP_2, "expert_layout": "factors"}, "matrices of their own"),
         ({"expert_orthogonality": 0.1, **TOP_2, "expert_layout": "shared_A"}, "expert_layout='separate'"),
@@ -49,10 +49,33 @@ def refused(**fields) -> str:
         ({"load_balancing": {"coefficient": {"start": 0}}, **TOP_2}, "coefficient.end: is missing"),
         ({"load_balancing": {"coefficient": {"start": -1, "end": 0}}, **TOP_2}, "at least 0"),
         ({"load_balanzing": 0.1}, "Did you mean 'load_balancing'"),
+        ({"l1_sparsity": 1e-8, "gate": "relu", **TOP_2, "renormalize": False}, "set selection='dense'"),
+        ({"load_balancing": 0.1, "selection": "dense"}, "teaches nothing"),
+        ({"load_balancing": 0.1, **TOP_2, "gate": "identity", "renormalize": False}, "any sign"),
+        ({"localized_balancing": {"coefficient": 0.1, "groups": 3}, **TOP_2}, "3 equal groups"),
+        ({"router_orthogonality": 0.1, **TOP_2, "freeze_router": True}, "freeze_router=True keeps them"),
+        ({"expert_orthogonality": 0.1, **TOP_2, "freeze_A": True}, "set target: B"),
+        (
+            {
+                "expert_orthogonality": {"coefficient": 0.1, "target": "output"},
+                "selection": "top_k",
+                "top_k": 1,
+                "renormalize": False,
+            },
+            "top_k=1 selects one",
+        ),
+        ({"expert_contrastive": 0.1, **TOP_2, "num_experts": 2}, "none is left out"),
+        ({"expert_orthogonality": 0.1, **TOP_2, "router_sharing": "block"}, "only the first"),
+        (
+            {"expert_orthogonality": {"coefficient": 0.1, "target": "output"}, **TOP_2, "router": "task"},
+            "about a whole row",
+        ),
+        ({"batch_entropy": 0.1, "selection": "dense", "num_experts": 1, "renormalize": False}, "there is one"),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
 def test_a_loss_without_meaning_is_refused(fields, words):
+    fields = {"num_tasks": 2, **fields} if fields.get("router") == "task" else fields
     losses = {name: value for name, value in fields.items() if name in (*LOSSES, "load_balanzing")}
     others = {name: value for name, value in fields.items() if name not in losses}
     assert words in refused(routing_losses=losses, **others)

@@ -19,7 +19,8 @@ from molora.routing.schedules import schedule_problems, scheduled_value
 from molora.routing.stacked import stack_records
 from molora.trainers import RoutingControlCallback, RoutingScheduleCallback
 from molora.trainers.columns import ColumnCollator, prompt_of_batch, take_columns
-from molora.trainers.counts import StepCounts
+from molora.trainers.control import _adapted
+from molora.trainers.counts import LinearCounts, StepCounts
 
 
 def test_the_bias_moves_towards_the_experts_that_are_short_of_tokens():
@@ -107,6 +108,12 @@ def test_counts_of_a_step_tell_its_last_micro_batch_apart():
     of_a = everyones["x", "a"]
     assert (of_a.selected.tolist(), of_a.tokens.item(), of_a.tokens_now.item()) == ([1, 2, 2], 5, 2)
     assert everyones["x", "b"].selected.tolist() == [0, 0, 0]
+
+
+def test_null_experts_are_one_another_to_adaptive_coefficients():
+    counts = LinearCounts(torch.tensor([10.0, 10, 30, 0, 0]), torch.tensor(50.0), torch.tensor(50.0), 3)
+    numbers = {"factor": 1.0, "maximum": 1.0, "decay": 0.0, "capacity": 1.0}
+    assert _adapted(0.5, {("x", "a"): counts}, numbers) == {"a": 0.0}
 
 
 L1 = {"l1_sparsity": {"coefficient": 1e-8, "experts_per_token": 2, "alpha": 2.0}}

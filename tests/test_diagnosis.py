@@ -128,6 +128,10 @@ def test_linears_that_did_not_run_are_missing_in_the_history_and_not_shifted():
     one = tally_of([2, 2])
     add_to_history(history, 2, {"molora/": RoutingTally(("layers.1",), *one._columns())})
     assert history["molora/"]["entries"][1]["load"] == [None, [0.5, 0.5]]
+    later = RoutingTally(("layers.2",), *tally_of([1, 3])._columns())
+    add_to_history(history, 3, {"molora/": later})
+    assert history["molora/"]["layers"] == ["layers.0", "layers.1", "layers.2"]
+    assert [entry["load"][2] for entry in history["molora/"]["entries"]] == [None, None, [0.25, 0.75]]
 
 
 def test_a_healthy_training_is_quiet(tmp_path, caplog):

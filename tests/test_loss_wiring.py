@@ -9,16 +9,17 @@ import tiny
 import torch
 from datasets import Dataset
 from peft import get_peft_model
-from transformers import TrainingArguments
+from transformers import Gemma2Config, Gemma2ForCausalLM, TrainingArguments
 
-from molora import MoLoraConfig, record_routing
+from molora import MoLoraConfig, MoloraError, record_routing
 from molora.data.collate import TaskCollator
-from molora.losses import LOSSES, LossInputs, total_loss
+from molora.losses import LOSSES, LossInputs, loss_needs, total_loss
 from molora.routing.masks import TokenMasks
 from molora.routing.record import RoutingRecord
 from molora.routing.route import Routing
 from molora.routing.stacked import stack_records
 from molora.trainers import MoLoraTrainer
+from molora.trainers.consistency import ModelOutput, _head, consistency_of
 
 TOP_2 = {"preset": "mole", "selection": "top_k", "top_k": 2, "routing_losses": {}}
 RELU = {"preset": "molora", "gate": "relu", "renormalize": False}
@@ -51,7 +52,7 @@ VARIANTS = [
     ("expert_contrastive", {**TOP_2, "shared_experts": 1}, {}, "molora_B"),
     ("routing_contrastive", {**TOP_2, "router": "cosine", "null_experts": 1}, {}, "molora_router"),
     ("load_balancing", TOP_2, {"adaptive": {"maximum": 0.5}}, "molora_router"),
-    ("load_balancing", {"preset": "adamole"}, {"scope": "batch"}, "molora_router"),
+    ("load_balancing", {"preset": "adamole", "max_threshold": 0.5}, {"scope": "batch"}, "molora_router"),
 ]
 IDS = [
     f"{name}-{'-'.join(map(str, options.values()))}-{index}" for index, (name, _, options, _) in enumerate(VARIANTS)
@@ -277,6 +278,65 @@ def test_a_relu_mixture_becomes_as_sparse_as_asked(tmp_path):
     coefficients = [entry["molora/l1_sparsity_coefficient"] for entry in logged]
     grows = [after > before for before, after in itertools.pairwise(coefficients)]
     assert grows == [before > 1.0 for before in active[: len(grows)]], "follows what the step before used"
+
+
+def logged_with(folder, settings, losses, **arguments):
+    return first_gradients(folder, adapted(settings, losses), **arguments)[1]
+
+
+@pytest.mark.parametrize(
+    "options", [{"scope": "global"}, {"scope": "batch"}, {"scope": "batch", "layer_reduction": "sum"}], ids=str
+)
+def test_a_loss_does_not_grow_with_the_forward_passes_of_a_step(options, tmp_path):
+    """Consistency makes a second one; preference trainers may make several."""
+    quiet = {**NOISY, "router_noise": 1e-9}
+    once = logged_with(tmp_path, quiet, {"load_balancing": {"coefficient": 0.1, **options}})
+    twice = logged_with(tmp_path, quiet, {"load_balancing": {"coefficient": 0.1, **options}, "consistency": 0.0})
+    assert twice["molora/load_balancing"] == pytest.approx(once["molora/load_balancing"], rel=1e-4)
+    assert twice["loss"] == pytest.approx(once["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "options", "moves"),
+    [variant for variant in VARIANTS if variant[0] != "consistency"],
+    ids=[name for name in IDS if not name.startswith("consistency")],
+)
+def test_a_loss_reaches_every_adapted_linear(name, settings, options, moves, tmp_path):
+    quiet = {**options, "max_tokens": 512} if "max_tokens" in LOSSES[name].options else options
+    model = adapted(settings, {name: setting(quiet, 1.0)})
+    with record_routing(model, needs={"default": frozenset(loss_needs(name, options))}) as records:
+        batch = TaskCollator(pad_token_id=0)([dict(row) for row in rows().select(range(4))])
+        tasks = batch.pop("task_ids")
+        model.train()
+        model(**batch)
+    losses = model.peft_config["default"].routing_losses
+    total, _ = total_loss(stack_records(records), losses, LossInputs(task_ids=tasks, noise=0.5))
+    total.backward()
+    reached = {n.rsplit(".molora_", 1)[0] for n, p in model.named_parameters() if moves in n and p.grad is not None}
+    assert len(reached) == 4
+    parts = [p.grad for n, p in model.named_parameters() if moves in n and p.grad is not None]
+    assert all(gradient.abs().max() > 0 for gradient in parts)
+
+
+def test_consistency_through_a_fused_head_sees_the_models_own_predictions():
+    """TRL's heads never give logits; what is computed in their place is scaled and capped as the model does."""
+    for model in (tiny.tiny_llama(), tiny_gemma()):
+        hidden = {}
+        model.base_model.register_forward_hook(lambda module, args, out, h=hidden: h.update(x=out.last_hidden_state))
+        logits = model(input_ids=torch.tensor([[5, 6, 7]])).logits
+        torch.testing.assert_close(_head(model, hidden["x"]), logits)
+
+
+def tiny_gemma():
+    fields = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = Gemma2Config(vocab_size=100, num_key_value_heads=2, head_dim=8, final_logit_softcapping=0.05, **fields)
+    return Gemma2ForCausalLM(config).eval()
+
+
+def test_a_model_that_gives_one_number_has_no_predictions_to_compare():
+    output = ModelOutput(torch.zeros(2, 1), None, None)
+    with pytest.raises(MoloraError, match="a single number"):
+        consistency_of([output], [output], 8)
 
 
 def test_consistency_counts_the_task_once_on_average(tmp_path):

@@ -12,24 +12,28 @@ import methods
 import pytest
 import tiny
 import torch
-from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 from methods import SETTINGS, build, inputs_of, tokens
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, prepare_model_for_kbit_training
 from peft import set_peft_model_state_dict as set_state
 from torch import nn
-from torchao.quantization import (
-    Int8DynamicActivationInt8WeightConfig,
-    Int8WeightOnlyConfig,
-    IntxWeightOnlyConfig,
-    PerGroup,
-    quantize_,
-)
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 from molora import MoLoraConfig
 from molora.errors import MergeError, TargetModulesError
 from molora.layer import MoLoraLinear
 from molora.quantization import restore_routing, routing_values
+
+for _library in ("bitsandbytes", "torchao", "hqq"):
+    pytest.importorskip(_library, reason="`make test-quantization` installs it")
+
+from hqq.core.quantize import BaseQuantizeConfig, HQQLinear  # noqa: E402
+from torchao.quantization import (  # noqa: E402
+    Int8DynamicActivationInt8WeightConfig,
+    Int8WeightOnlyConfig,
+    IntxWeightOnlyConfig,
+    PerGroup,
+    quantize_,
+)
 
 needs_gptqmodel = pytest.mark.skipif(
     importlib.util.find_spec("gptqmodel") is None,

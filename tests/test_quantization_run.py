@@ -24,6 +24,8 @@ from molora.quantization import Quantization, QuantizationError
 from molora.runfile import load_run_file
 from molora.runfile.arguments import ModelArguments
 
+pytest.importorskip("bitsandbytes", reason="`make test-quantization` installs it")
+
 NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="float32")
 KEYS = [field.name for field in dataclasses.fields(Quantization)]
 

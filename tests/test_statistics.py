@@ -98,7 +98,7 @@ def test_statistics_of_a_known_routing():
     assert metrics["experts_per_token"] == pytest.approx(1.5)
     assert metrics["load_max"] == pytest.approx(2 / 3)
     assert metrics["dead_experts"] == 2
-    assert metrics["router_entropy"] == pytest.approx(0.5 * torch.tensor(2.0).log().item())
+    assert metrics["entropy"] == pytest.approx(0.5 * torch.tensor(2.0).log().item())
     assert metrics["threshold_mean"] == pytest.approx(0.2)
 
 

@@ -171,7 +171,7 @@ def test_routing_is_logged_beside_the_loss(kind, tmp_path):
     logged = next(entry for entry in trainer.state.log_history if "loss" in entry)
     assert 1 <= logged["molora/experts_per_token"] <= 4
     assert 0.25 <= logged["molora/load_max"] <= 1
-    assert 0 < logged["molora/router_entropy"] <= torch.tensor(4.0).log().item() + 1e-6
+    assert 0 < logged["molora/entropy"] <= torch.tensor(4.0).log().item() + 1e-6
     assert 0 < logged["molora/threshold_mean"] < 0.25
     assert logged["molora/load_balancing"] >= 0.9
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,10 +33,14 @@ class ModelOutput:
 
 
 @contextmanager
-def model_outputs(model: nn.Module) -> Iterator[list[ModelOutput]]:
+def model_outputs(model: nn.Module, labels: Tensor | None = None) -> Iterator[list[ModelOutput]]:
     """Keep the output of every forward pass of a PEFT model inside the block that carries a gradient.
 
     A trainer with a fused head, as TRL's, never has the logits of all tokens; then the hidden states are kept.
+
+    Args:
+        model: The model.
+        labels: Labels of the batch, if the model is not called with them; they show the padding of a decoder.
     """
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     backbone = getattr(base, "base_model", base)
@@ -48,14 +53,14 @@ def model_outputs(model: nn.Module) -> Iterator[list[ModelOutput]]:
     def of_model(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         logits = getattr(output, "logits", None)
         encoder_decoder = bool(getattr(base.config, "is_encoder_decoder", False))
-        masks = token_masks(kwargs, encoder_decoder)
+        masks = token_masks({"labels": labels, **kwargs}, encoder_decoder)
         mask = masks.of_decoder if encoder_decoder else masks.of_input
         if not torch.is_grad_enabled():
             return
         if isinstance(logits, Tensor):
             outputs.append(ModelOutput(logits, None, _fitting(mask, logits)))
         elif hidden:
-            outputs.append(ModelOutput(hidden[0], base.get_output_embeddings(), _fitting(mask, hidden[0])))
+            outputs.append(ModelOutput(hidden[0], partial(_head, base), _fitting(mask, hidden[0])))
 
     handles = [base.register_forward_hook(of_model, with_kwargs=True)]
     if backbone is not base:
@@ -65,6 +70,20 @@ def model_outputs(model: nn.Module) -> Iterator[list[ModelOutput]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _head(base: Any, hidden: Tensor) -> Tensor:
+    """From last hidden states to logits, scaled and capped as the model's own forward pass does."""
+    config = base.config.get_text_config()
+    logits = base.get_output_embeddings()(hidden)
+    factors = (getattr(config, name, None) for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"))
+    factor = next((value for value in factors if value is not None), None)
+    if factor is None and (divisor := getattr(config, "logits_scaling", None)) is not None:
+        factor = divisor if config.model_type == "hyperclovax" else 1 / divisor
+    if factor is not None:
+        logits = logits * factor
+    cap = getattr(config, "final_logit_softcapping", None)
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def _fitting(mask: Tensor | None, values: Tensor) -> Tensor | None:
@@ -87,6 +106,11 @@ def consistency_of(first: Sequence[ModelOutput], second: Sequence[ModelOutput], 
         raise MoloraError(
             "routing loss 'consistency' compares the logits of two passes, and the model gave "
             f"{len(first)} and {len(second)} outputs with logits; it does not fit this trainer."
+        )
+    if any(output.head is None and output.values.shape[-1] == 1 for output in first):
+        raise MoloraError(
+            "routing loss 'consistency' compares distributions, and the model gives a single number, as reward models "
+            "do; leave it out."
         )
     values = [_compared(a, b, max_tokens) for a, b in zip(first, second, strict=True)]
     return torch.stack(values).mean()

@@ -35,18 +35,18 @@ class RoutingControlCallback(TrainerCallback):
 
     Attributes:
         counts: The selections of the step that runs.
-        state: What a checkpoint keeps: `coefficients` by adapter, and `history` for reports.
+        state: What a checkpoint keeps: `coefficients` by adapter, `history` for reports, and what was `warned` of.
     """
 
     def __init__(self) -> None:
         self.counts = StepCounts()
-        self.state: dict[str, Any] = {"coefficients": {}, "history": {}}
+        self.state: dict[str, Any] = {"coefficients": {}, "history": {}, "warned": []}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Go on from the checkpoint that is resumed, if one is."""
         self.counts.clear()
         saved = state.stateful_callbacks.get(STATE)
-        self.state = saved if saved is not None else {"coefficients": {}, "history": {}}
+        self.state = saved if saved is not None else {"coefficients": {}, "history": {}, "warned": []}
         state.stateful_callbacks[STATE] = self.state
 
     def count(self, model: Any, stacks: Mapping[str, Sequence[StackedRouting]]) -> None:
@@ -125,12 +125,18 @@ def _adapted(
     layers = [layer for _, layer in counts]
     old = before if isinstance(before, dict) else dict.fromkeys(layers, before)
     width = max(len(of_linear.selected) for of_linear in counts.values())
-    selected = [of_linear.selected for of_linear in counts.values()]
+    selected = [_with_mean_nulls(of_linear) for of_linear in counts.values()]
     padded = torch.stack([torch.nn.functional.pad(c, (0, width - len(c))) for c in selected]).double()
     experts = torch.tensor([len(c) for c in selected], device=padded.device)
     start = torch.tensor([old[layer] for layer in layers], dtype=torch.float64, device=padded.device)
     moved = adapted_coefficients(start, padded, experts, **numbers)
     return dict(zip(layers, moved.tolist(), strict=True))
+
+
+def _with_mean_nulls(counts: LinearCounts) -> Tensor:
+    """Selections, `[E + null_experts]`, those of null experts evened out: they are copies of one another."""
+    true, null = counts.selected.split([len(counts.selected) - counts.null_experts, counts.null_experts])
+    return torch.cat([true, null.mean().expand_as(null)]) if counts.null_experts else true
 
 
 def _move_biases(model: Any, adapter: str, rate: float, counts: Mapping[Key, LinearCounts]) -> None:

@@ -24,12 +24,15 @@ class LinearCounts:
     Attributes:
         selected: Times each expert was selected since the last optimizer step, `[E + null_experts]`.
         tokens: Tokens that selected, a scalar.
-        tokens_now: Of these, the tokens of the current micro-batch, a mean over processes; a scalar.
+        tokens_now: Tokens of one forward pass of the current micro-batch that gave any probability, a mean over
+            processes and passes; a scalar.
+        null_experts: How many of the experts, at the end, are null experts.
     """
 
     selected: Tensor
     tokens: Tensor
     tokens_now: Tensor
+    null_experts: int = 0
 
 
 class StepCounts:
@@ -39,32 +42,31 @@ class StepCounts:
         self._selected: dict[Key, Tensor] = {}
         self._tokens: dict[Key, Tensor] = {}
         self._tokens_now: dict[Key, Tensor] = {}
+        self._passes_now: dict[Key, int] = {}
 
     def start_micro_batch(self) -> None:
         """The next decisions are those of another micro-batch."""
         self._tokens_now.clear()
+        self._passes_now.clear()
 
     def add(self, adapter: str, stacks: Iterable[StackedRouting]) -> None:
         """Add the selections of real tokens, whole or in part, of the current micro-batch."""
         for stack in stacks:
-            rows = stack.probabilities.shape[1:3]
-            tokens = torch.full((), float(rows.numel()), device=stack.probabilities.device)
-            if stack.mask is not None:
-                tokens = stack.mask.float().sum()
-            for layer, selected in zip(stack.layers, selection_counts(stack), strict=True):
+            real = stack.probabilities.new_ones(stack.probabilities.shape[1:3]) if stack.mask is None else stack.mask
+            routed = ((stack.probabilities > 0).any(dim=-1) & real.bool()).sum(dim=(1, 2)).float()  # [L]
+            tokens = real.float().sum()
+            for layer, selected, given in zip(stack.layers, selection_counts(stack), routed, strict=True):
                 key = (adapter, layer)
-                for held, value in (
-                    (self._selected, selected),
-                    (self._tokens, tokens),
-                    (self._tokens_now, tokens),
-                ):
-                    held[key] = held[key] + value if key in held else value
+                _add(self._selected, key, selected)
+                _add(self._tokens, key, tokens)
+                _add(self._tokens_now, key, given)
+                self._passes_now[key] = self._passes_now.get(key, 0) + 1
 
     def clear(self) -> None:
         """Count anew."""
         self._selected.clear()
         self._tokens.clear()
-        self._tokens_now.clear()
+        self.start_micro_batch()
 
     def everyones(self, model: Any, adapters: Iterable[str]) -> dict[Key, LinearCounts]:
         """The counts of all processes, in one reduction. All of them must call this equally often.
@@ -75,30 +77,34 @@ class StepCounts:
             model: The adapted model.
             adapters: Names of the adapters whose linears are wanted.
         """
-        widths = dict(_routed_linears(model, adapters))
-        if not widths:
+        linears = dict(_routed_linears(model, adapters))
+        if not linears:
             return {}
         device = next((counts.device for counts in self._selected.values()), None)
         if device is None:
             device = next(model.parameters()).device
         parts = []
-        for key, width in widths.items():
+        for key, (width, _) in linears.items():
             zero = torch.zeros((), device=device)
-            selected = self._selected.get(key, zero.expand(width)).to(device, torch.float32)
-            tokens = [held.get(key, zero).to(device).reshape(1) for held in (self._tokens, self._tokens_now)]
-            parts.append(torch.cat([selected, *tokens]))
+            now = self._tokens_now.get(key, zero) / max(1, self._passes_now.get(key, 0))
+            totals = [self._selected.get(key, zero.expand(width)), self._tokens.get(key, zero), now]
+            parts.append(torch.cat([total.to(device, torch.float32).reshape(-1) for total in totals]))
         everyones = reduce(torch.cat(parts), reduction="sum").split([len(part) for part in parts])
         processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
         return {
-            key: LinearCounts(counts[:-2], counts[-2], counts[-1] / processes)
-            for key, counts in zip(widths, everyones, strict=True)
+            key: LinearCounts(counts[:-2], counts[-2], counts[-1] / processes, null_experts)
+            for (key, (_, null_experts)), counts in zip(linears.items(), everyones, strict=True)
         }
 
 
-def _routed_linears(model: Any, adapters: Iterable[str]) -> Iterator[tuple[Key, int]]:
-    """The linears whose decisions are recorded, in the order of the model, and the number of their experts."""
+def _add(held: dict[Key, Tensor], key: Key, value: Tensor) -> None:
+    held[key] = held[key] + value if key in held else value
+
+
+def _routed_linears(model: Any, adapters: Iterable[str]) -> Iterator[tuple[Key, tuple[int, int]]]:
+    """The linears whose decisions are recorded, in the order of the model: all experts, and the null ones of them."""
     for adapter in adapters:
         for name, module in model.named_modules():
             plan = getattr(module, "molora_plan", {}).get(adapter)
             if plan is not None and plan.reads:
-                yield (adapter, name), plan.num_experts + plan.spec.null_experts
+                yield (adapter, name), (plan.num_experts + plan.spec.null_experts, plan.spec.null_experts)

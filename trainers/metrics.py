@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -22,7 +21,7 @@ class RoutingMetrics:
 
     def __init__(self) -> None:
         self._tallies: dict[str, RoutingTally] = {}
-        self._values: dict[str, list[Tensor]] = defaultdict(list)
+        self._values: dict[str, Tensor] = {}  # sum and number, `[2]`
 
     def add(self, prefix: str, counted: RoutingTally | None, values: Mapping[str, Tensor]) -> None:
         """Remember the decisions and the unweighted losses of one micro-batch.
@@ -36,7 +35,9 @@ class RoutingMetrics:
             before = self._tallies.get(prefix)
             self._tallies[prefix] = counted if before is None else before + counted
         for name, value in values.items():
-            self._values[prefix + name].append(value.detach())
+            counted_value = torch.stack([value.detach().float(), torch.ones_like(value, dtype=torch.float32)])
+            before_value = self._values.get(prefix + name)
+            self._values[prefix + name] = counted_value if before_value is None else before_value + counted_value
 
     def take(self) -> tuple[dict[str, float], dict[str, RoutingTally]]:
         """Give everything since the last call, over all processes, which must all call this; and start anew.
@@ -48,7 +49,7 @@ class RoutingMetrics:
         self._tallies.clear()
         self._values.clear()
         metrics = {prefix + name: value for prefix, t in tallies.items() for name, value in t.metrics().items()}
-        metrics.update({name: sum(means) / len(means) for name, means in values.items()})
+        metrics.update({name: total / number for name, (total, number) in values.items()})
         return {name: round(value, 6) for name, value in metrics.items()}, tallies
 
     def state(self) -> dict[str, Any]:
@@ -76,26 +77,25 @@ class RoutingMetrics:
         for prefix, columns in state["tallies"].items() if first else ():
             tensors = {name: torch.tensor(c, device=device) for name, c in columns.items() if name != "layers"}
             self._tallies[prefix] = RoutingTally(tuple(columns["layers"]), **tensors)
-        for name, values in state["values"].items():
-            self._values[name].extend(torch.tensor(values, device=device))
+        for name, values in state["values"].items() if first else ():
+            self._values[name] = torch.tensor(values, device=device)
 
     def _everyones(self) -> tuple[dict[str, RoutingTally], dict[str, list[float]]]:
-        """Tallies summed over processes, and values of each micro-batch averaged over them.
+        """Tallies, and sums and numbers of values, summed over processes.
 
         Gathered as objects, since processes may have run different linears, or none, and a reduction of tensors would
         wait for shapes that never come.
         """
-        own = _fetched(self._tallies, {name: torch.stack(values) for name, values in self._values.items()})
+        own = _fetched(self._tallies, self._values)
         merged: dict[str, RoutingTally] = {}
-        by_name: dict[str, list[list[float]]] = defaultdict(list)
+        by_name: dict[str, list[float]] = {}
         for their_tallies, their_values in gather_object([own]):
             for prefix, counted in their_tallies.items():
                 merged[prefix] = merged[prefix] + counted if prefix in merged else counted
             for name, values in their_values.items():
-                by_name[name].append(values)
-        return merged, {
-            name: [sum(one) / len(one) for one in zip(*values, strict=False)] for name, values in by_name.items()
-        }
+                before = by_name.get(name, [0.0, 0.0])
+                by_name[name] = [one + other for one, other in zip(before, values, strict=True)]
+        return merged, by_name
 
 
 def _fetched(
@@ -130,7 +130,8 @@ def add_to_history(history: dict[str, Any], step: int, tallies: Mapping[str, Rou
         tallies: By prefix, what happened since the last entry.
     """
     for prefix, tally in tallies.items():
-        kept = history.setdefault(prefix, {"layers": list(tally.layers), "entries": []})
+        kept = history.setdefault(prefix, {"layers": [], "entries": []})
+        _know(kept, [layer for layer in tally.layers if layer not in kept["layers"]])
         tokens = tally.tokens.clamp(min=1)
         rows = {
             "load": tally.load(),
@@ -147,3 +148,12 @@ def add_to_history(history: dict[str, Any], step: int, tallies: Mapping[str, Rou
         kept["entries"].append(entry)
         if len(kept["entries"]) > MAX_ENTRIES:
             kept["entries"] = [*kept["entries"][:-1:2], kept["entries"][-1]]
+
+
+def _know(kept: dict[str, Any], layers: Sequence[str]) -> None:
+    """Give linears that had not run before a place, empty in what is past."""
+    kept["layers"] += layers
+    for entry in kept["entries"]:
+        for values in entry.values():
+            if isinstance(values, list):
+                values += [None] * len(layers)

@@ -16,7 +16,7 @@ from molora.losses import LOGITS, LossInputs, is_scheduled, loss_needs, settings
 from molora.quantization import restore_routing, routing_values
 from molora.routing.diagnosis import routing_problems
 from molora.routing.record import RoutingRecord, record_routing
-from molora.routing.stacked import StackedRouting, stack_records
+from molora.routing.stacked import stack_records
 from molora.routing.statistics import RoutingTally, tally
 from molora.trainers.callbacks import RoutingScheduleCallback, trained_adapters
 from molora.trainers.column_mixin import RoutingColumnsMixin
@@ -52,7 +52,6 @@ class RoutingLossMixin(RoutingColumnsMixin, WholeCheckpointsMixin):
         self._control = RoutingControlCallback()
         self._metrics_of_routing = RoutingMetrics()
         self._moving: dict[str, float] = {}
-        self._warned: set[str] = set()
         trainer.add_callback(self._control)
         trainer.add_callback(RoutingScheduleCallback())
 
@@ -94,7 +93,7 @@ class RoutingLossMixin(RoutingColumnsMixin, WholeCheckpointsMixin):
             for adapter, losses in self._losses().items()
         }
         with ExitStack() as block:
-            outputs = block.enter_context(model_outputs(self.model)) if captured else []
+            outputs = block.enter_context(model_outputs(self.model, labels)) if captured else []
             records = block.enter_context(
                 record_routing(
                     self.model, with_grad_only=True, labels=labels, needs=needs, packed_rows=self.packed_rows
@@ -120,7 +119,7 @@ class RoutingLossMixin(RoutingColumnsMixin, WholeCheckpointsMixin):
             coefficients = self._coefficients(adapter, losses)
             value, values = total_loss(stacks[adapter], losses, inputs[adapter], coefficients)
             total = total + value
-            self._remember(LOG_PREFIX if len(stacks) == 1 else f"{LOG_PREFIX}{adapter}/", stacks[adapter], values)
+            self._metrics_of_routing.add(self._prefix(adapter), tally(stacks[adapter]), values)
         return total
 
     def _loss_inputs(self) -> dict[str, LossInputs]:
@@ -162,11 +161,12 @@ class RoutingLossMixin(RoutingColumnsMixin, WholeCheckpointsMixin):
             _, options = settings_of(losses["consistency"])
             value = consistency_of(first, second, options.get("max_tokens", 256))
             total = total + self._coefficients(adapter, losses)["consistency"] * value
-            self._metrics_of_routing.add(LOG_PREFIX, None, {"consistency": value})
+            self._metrics_of_routing.add(self._prefix(adapter), None, {"consistency": value})
         return total
 
-    def _remember(self, prefix: str, stacks: list[StackedRouting], values: Mapping[str, Tensor]) -> None:
-        self._metrics_of_routing.add(prefix, tally(stacks), values)
+    def _prefix(self, adapter: str) -> str:
+        """What the names of an adapter's metrics begin with."""
+        return LOG_PREFIX if len(self._losses()) == 1 else f"{LOG_PREFIX}{adapter}/"
 
     def _accumulation_divisor(self, num_items_in_batch: Any) -> int:
         """What a per-micro-batch mean must be divided by so that accumulation averages it.
@@ -195,11 +195,10 @@ class RoutingLossMixin(RoutingColumnsMixin, WholeCheckpointsMixin):
         state: Any = self.state  # type: ignore[attr-defined]  # the trainer this is mixed into
         used = self._control.coefficients(adapter, losses, state.global_step, state.max_steps)
         held = self._control.state["coefficients"].get(adapter, {})
-        prefix = LOG_PREFIX if len(self._losses()) == 1 else f"{LOG_PREFIX}{adapter}/"
         for name, value in used.items():
             if name in held or is_scheduled(losses[name]) or name == "l1_sparsity":
                 mean = sum(value.values()) / len(value) if isinstance(value, dict) else value
-                self._moving[f"{prefix}{name}_coefficient"] = mean
+                self._moving[f"{self._prefix(adapter)}{name}_coefficient"] = mean
         return used
 
     def _state_to_continue(self) -> dict[str, Any]:
@@ -218,8 +217,8 @@ class RoutingLossMixin(RoutingColumnsMixin, WholeCheckpointsMixin):
             return
         for counted in tallies.values():
             for kind, sentence in routing_problems(counted):
-                if kind not in self._warned:
-                    self._warned.add(kind)
+                if kind not in self._control.state["warned"]:
+                    self._control.state["warned"].append(kind)
                     logger.warning("step %d: %s", self.state.global_step, sentence)
 
 

@@ -21,7 +21,8 @@ def load_balancing(
     """Switch Transformer's load-balancing loss of each linear (arXiv 2101.03961, eq. 4).
 
     `L = E · Σ_e f_e P_e`, with `f_e` the share of all selections that fell on expert e (no gradient) and `P_e` the
-    mean share of probability it was given. Exactly 1 when both are even, E when everything falls on one expert.
+    mean share of probability it was given. Exactly 1 when both are even, E when everything falls on one expert, and
+    E / K when on the same K, of which each has the same probability.
     Differs from Switch in that `f` counts every selected expert, not only the first, and both are shares, so the
     value does not grow with the number of selected experts and means the same for gates that do not sum to one.
 
@@ -45,8 +46,9 @@ def load_balancing(
         null_experts: How many of the E, at the end, are null experts.
         counts: For scope `"global"`, the selections of each expert `[L, E]`, `count` by the same rule, summed over
             processes and micro-batches; `None` for those of this micro-batch, as in scope `"batch"`.
-        tokens: For scope `"global"`, the mean number of real tokens per process in this micro-batch, a scalar: then
-            the mean gradient over processes is that of their tokens together. `None` for this process's own.
+        tokens: For scope `"global"`, the mean number per process of this micro-batch's real tokens that gave any
+            probability, a scalar or `[L]`: then the mean gradient over processes is that of their tokens together.
+            `None` for this process's own.
 
     Returns:
         `[L]`, fp32: one value per linear, each on its own (pooling them would call eight collapsed linears balanced
@@ -61,7 +63,7 @@ def load_balancing(
     divisor = own
     if scope == "global":
         kept = kept if counts is None else counts.to(kept).reshape(kept.shape)
-        divisor = own if tokens is None else tokens.to(own).expand_as(own)
+        divisor = own if tokens is None else tokens.to(own).reshape(-1, 1, 1).expand_as(own)
     if null_experts:
         true, null = kept.split([given.shape[-1] - null_experts, null_experts], dim=-1)
         kept = torch.cat([true, null.mean(dim=-1, keepdim=True).expand_as(null)], dim=-1)

@@ -21,7 +21,7 @@ def parameter_penalty(
 
     `L = E · Σ_e M_e P_e`, with `M_e` the mean over tokens of "selected e", times the size of e over the mean size (no
     gradient), and `P_e` the mean share of probability. With equal ranks it is `load_balancing` times the number of
-    experts a token selects: K when all is even, E·K at most; so it also presses a selection of varying number down.
+    experts a token selects: K when all is even, E at most; so it also presses a selection of varying number down.
     One expert alone that takes everything costs E times its relative size.
 
     The paper's size is the hidden dimension of an expert, here it is its rank. It is divided by the mean size, which

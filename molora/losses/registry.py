@@ -43,7 +43,7 @@ class LossInputs:
         task_ids: The task of each row of the batch, or of each packed example, `[B]`.
         counts: Selections of each expert of a linear by all processes since the last optimizer step,
             `[E + null_experts]`, by the linear's name.
-        tokens: Mean number of real tokens per process in this micro-batch, by the linear's name.
+        tokens: Mean number per process of real tokens in a forward pass of this micro-batch, by the linear's name.
         noise: Standard deviation of the noise on the logits.
     """
 
@@ -78,14 +78,14 @@ class RoutingLoss:
 def _load_balancing(routing: StackedRouting, inputs: LossInputs, **options: Any) -> Tensor:
     if options.get("scope") == "global" and all(layer in inputs.counts for layer in routing.layers):
         options["counts"] = _of_layers(inputs.counts, routing)
-        options["tokens"] = inputs.tokens[routing.layers[0]]
+        options["tokens"] = _of_layers(inputs.tokens, routing)
     return load_balancing(
         routing.probabilities, routing.selected, routing.mask, null_experts=routing.null_experts, **options
     )
 
 
 def _of_layers(values: Mapping[str, Tensor], routing: StackedRouting) -> Tensor:
-    return torch.stack([values[layer] for layer in routing.layers])
+    return torch.stack([values[layer] for layer in routing.layers]).to(routing.probabilities.device)
 
 
 def _localized_balancing(routing: StackedRouting, inputs: LossInputs, **options: Any) -> Tensor:

@@ -42,7 +42,8 @@ def total_loss(
     Raises:
         MoloraError: If a loss needs task ids that are not given, or that do not fit the rows.
     """
-    linears = sum(len(stack.layers) for stack in stacks)
+    linears = sum(len(stack.layers) for stack in stacks)  # once for each forward pass
+    distinct = len({layer for stack in stacks for layer in stack.layers})
     total = stacks[0].probabilities.new_zeros(())
     values: dict[str, Tensor] = {}
     for name, setting in losses.items():
@@ -50,7 +51,7 @@ def total_loss(
         if of_routing is None:
             continue
         _, options = settings_of(setting)
-        whole = 1 if options.pop(LAYER_REDUCTION, "mean") == "sum" else linears
+        whole = linears / distinct if options.pop(LAYER_REDUCTION, "mean") == "sum" else linears
         options = {option: value for option, value in options.items() if option not in LOSSES[name].controlled}
         coefficient = (coefficients or {}).get(name, coefficient_at(setting, 0, 1))
         plain = total.new_zeros(())
@@ -59,8 +60,8 @@ def total_loss(
             if TASK_IDS in loss_needs(name, setting):
                 given = replace(inputs, task_ids=_tasks_of(stack, name, inputs.task_ids))
             value = of_routing(stack, given, **options)  # [L]
-            total = total + (value * _weight(coefficient, stack, value)).sum() / whole
-            plain = plain + value.detach().sum() / whole
+            total = total + (value * _weight(coefficient, stack, value)).sum().to(total.device) / whole
+            plain = plain + value.detach().sum().to(total.device) / whole
         values[name] = plain
     return total, values
 

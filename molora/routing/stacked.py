@@ -107,13 +107,13 @@ class StackedRouting:
 
 
 def stack_records(records: Iterable[RoutingRecord]) -> list[StackedRouting]:
-    """Group records of equal shape and masks, and stack each group. Linears may differ in their number of experts."""
+    """Group records of equal shape, masks and device, and stack each group. Linears may differ in their experts."""
     groups: dict[Any, list[RoutingRecord]] = {}
     for record in records:
         routing = record.routing
         given = tuple(value is None for value in (routing.threshold, routing.clean_logits, routing.view))
         shapes = (routing.logits.shape, routing.weights.shape, given, (record.parts or NO_PARTS).shapes)
-        kind = (record.reads_decoder, record.per_sequence, record.sizes, record.null_experts)
+        kind = (record.reads_decoder, record.per_sequence, record.sizes, record.null_experts, routing.logits.device)
         groups.setdefault((shapes, id(record.masks), kind), []).append(record)
     return [_stack(group) for group in groups.values()]
 

@@ -26,7 +26,7 @@ class RoutingTally:
         selected: Times each expert was selected, `[L, E]`. Null experts are left out.
         nulls: Times a null expert was selected, `[L]`.
         num_experts: Experts of each linear, `[L]`; null experts and shared ones left out.
-        entropy: Sum of the entropies of the tokens' probabilities in nats, `[L]`.
+        entropy: Sum of the entropies of the tokens' shares of probability in nats, `[L]`.
         threshold: Sum of learned thresholds, `[L]`; zero where there is none.
     """
 
@@ -70,7 +70,7 @@ class RoutingTally:
             "load_max": load.max(dim=-1).values,
             "load_cv": (spread.sum(dim=-1) / self.num_experts).sqrt(),
             "dead_experts": ((load < DEAD_BELOW / experts) & exists).float().sum(dim=-1),
-            "router_entropy": self.entropy / tokens,
+            "entropy": self.entropy / tokens,
             "threshold_mean": self.threshold / tokens,
             "null_share": self.nulls / (self.nulls + kept).clamp(min=1),
         }
@@ -116,15 +116,17 @@ def _add_rows(tallies: Iterable[RoutingTally]) -> dict[str, tuple[Tensor, ...]]:
 def _add_row(before: tuple[Tensor, ...], row: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     tokens, selected, nulls, num_experts, entropy, threshold = zip(before, row, strict=True)
     width = max(len(counts) for counts in selected)
-    kept = torch.stack([_padded(counts, width) for counts in selected]).sum(dim=0)
-    total = [first + second for first, second in (tokens, nulls, entropy, threshold)]
+    kept = torch.stack([_padded(counts, width).to(tokens[0].device) for counts in selected]).sum(dim=0)
+    total = [first + second.to(first.device) for first, second in (tokens, nulls, entropy, threshold)]
     return total[0], kept, total[1], num_experts[0], *total[2:]
 
 
 def _from_rows(rows: dict[str, tuple[Tensor, ...]]) -> RoutingTally:
     width = max(len(row[1]) for row in rows.values())
     padded = [(row[0], _padded(row[1], width), *row[2:]) for row in rows.values()]
-    return RoutingTally(tuple(rows), *(torch.stack(column) for column in zip(*padded, strict=True)))
+    device = padded[0][0].device  # a model may be laid out over several
+    columns = ([value.to(device) for value in column] for column in zip(*padded, strict=True))
+    return RoutingTally(tuple(rows), *(torch.stack(column) for column in columns))
 
 
 def _padded(counts: Tensor, width: int) -> Tensor:
@@ -138,7 +140,8 @@ def _sums(stack: StackedRouting) -> tuple[Tensor, ...]:
     counts = selection_counts(stack)
     # Weights given from outside may be negative, and have no entropy.
     positive = probabilities.clamp(min=0)
-    entropy = -(torch.xlogy(positive, positive).sum(dim=-1) * mask).sum(dim=(1, 2))
+    shares = positive / positive.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(positive.dtype).tiny)
+    entropy = -(torch.xlogy(shares, shares).sum(dim=-1) * mask).sum(dim=(1, 2))
     level = torch.zeros_like(entropy)
     if stack.threshold is not None:
         level = (stack.threshold.squeeze(-1) * mask).sum(dim=(1, 2))
