@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,6 +24,13 @@ def check_combination(config: Config) -> Iterator[Problem]:
             f"this adapter was written in format {config.format_version}, and this molora reads up to "
             f"{FORMAT_VERSION}. Upgrade molora.",
         )
+    own = list(_check_choices(config))
+    yield from own
+    if not own:
+        yield from _check_schedules(config)
+
+
+def _check_choices(config: Config) -> Iterator[Problem]:
     yield from _check_selection(config)
     yield from _check_router(config)
     yield from _check_experts(config)
@@ -31,6 +39,17 @@ def check_combination(config: Config) -> Iterator[Problem]:
     yield from _check_targets(config)
     yield from check_losses(config)
     yield from without_effect(config)
+
+
+def _check_schedules(config: Config) -> Iterator[Problem]:
+    """What schedules lead to must be possible too: an adapter is saved with the values it was last trained with."""
+    for end in ("start", "end"):
+        there = copy.copy(config)
+        there.routing_schedules = {}
+        for field, schedule in config.routing_schedules.items():
+            setattr(there, field, schedule[end])
+        for problem in _check_choices(there):
+            yield Problem("routing_schedules", f"{end}: {problem.field}: {problem.message}")
 
 
 def fewest_experts(config: Config) -> int:

@@ -64,10 +64,16 @@ class Quantization:
     @classmethod
     def of_run(cls, directory: str) -> Quantization:
         """How the base model was loaded when the adapter in a folder was trained; nothing if nothing says so."""
-        file = Path(directory) / RUN_FILE
-        content = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
+        folder = Path(directory)
+        of_run = folder.absolute().parent if folder.absolute().name.startswith("checkpoint-") else folder
+        file = next((file for file in (folder / RUN_FILE, of_run / RUN_FILE) if file.is_file()), None)
+        try:
+            content = yaml.safe_load(file.read_text(encoding="utf-8")) if file is not None else None
+        except yaml.YAMLError:
+            content = None
         known = {field.name for field in fields(cls)}
-        return cls(**{name: value for name, value in (content or {}).items() if name in known})
+        given = content.items() if isinstance(content, dict) else ()
+        return cls(**{name: value for name, value in given if name in known})
 
     @property
     def asked(self) -> bool:
@@ -211,10 +217,13 @@ def restore_routing(model: Any, before: dict[nn.Parameter, Tensor]) -> None:
         before: `routing_values` of the model before; may lack some, which the trainer itself made.
     """
     for parameter in _routing_parameters(model):
-        if parameter in before:
-            parameter.data = before[parameter]
-        elif parameter.dtype in (torch.bfloat16, torch.float16):
+        old = before.get(parameter)
+        if parameter.dtype not in (torch.bfloat16, torch.float16):
+            continue  # moved to its device perhaps, but not rounded
+        if old is None:
             parameter.data = parameter.data.float()
+        elif old.dtype != parameter.dtype:
+            parameter.data = old.to(parameter.device)
 
 
 def _routing_parameters(model: Any) -> Iterable[nn.Parameter]:

@@ -262,6 +262,7 @@ def test_every_file_of_a_method_is_registered():
 def test_overriding_the_selection_of_a_preset_drops_what_only_the_old_one_read():
     config = MoLoraConfig.from_preset("mole", selection="dense")
     assert (config.selection, config.top_k) == ("dense", None)
+    assert config.routing_losses == {}, "balancing selections means nothing where all are selected"
     assert routing_spec(MoLoraConfig.from_preset("adamole", selection="top_k")).weights == "probability"
     assert routing_spec(MoLoraConfig.from_preset("mole", selection="adaptive_threshold")).weights != "probability"
 
@@ -282,3 +283,21 @@ def test_fields_of_a_newer_peft_are_dropped_with_its_warning_when_loading():
             peft_type="MOLORA", task_type=None, base_model_name_or_path=None, from_the_future=1
         )
     assert isinstance(config, MoLoraConfig)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"routing_schedules": {"top_k": {"start": 2, "end": 1}}}, "end: renormalize: renormalising a single expert"),
+        (
+            {"routing_schedules": {"top_k": {"start": 1, "end": 2}}},
+            "start: renormalize: renormalising a single expert",
+        ),
+    ],
+)
+def test_what_a_schedule_leads_to_must_be_possible_too(fields, words):
+    """An adapter is saved with the values it was last trained with, and could not be loaded."""
+    with pytest.raises(ConfigError) as error:
+        MoLoraConfig.from_preset("mole", target_modules=["q_proj"], **fields)
+    assert words in str(error.value)
+    assert {problem.field for problem in error.value.problems} == {"routing_schedules"}

@@ -253,3 +253,15 @@ def test_all_trainers_are_listed_and_found():
     assert set(molora.trainers.__all__) <= set(dir(molora.trainers))
     with pytest.raises(AttributeError, match="MoLoraPPOTrainer"):
         molora.trainers.MoLoraPPOTrainer  # noqa: B018
+
+
+@pytest.mark.parametrize("kind", ["dpo", "kto"])
+def test_a_reference_that_is_run_beforehand_is_routed_with_the_columns_of_its_rows(kind, tmp_path):
+    logged = []
+    for beforehand in (False, True):
+        trainer = trainer_for(
+            kind, tmp_path, model=model_for(kind, kinds.by_task()), precompute_ref_log_probs=beforehand
+        )
+        trainer.train()
+        logged.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert logged[0] == pytest.approx(logged[1], abs=1e-5)

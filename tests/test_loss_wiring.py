@@ -52,7 +52,7 @@ VARIANTS = [
     ("expert_contrastive", {**TOP_2, "shared_experts": 1}, {}, "molora_B"),
     ("routing_contrastive", {**TOP_2, "router": "cosine", "null_experts": 1}, {}, "molora_router"),
     ("load_balancing", TOP_2, {"adaptive": {"maximum": 0.5}}, "molora_router"),
-    ("load_balancing", {"preset": "adamole", "max_threshold": 0.5}, {"scope": "batch"}, "molora_router"),
+    ("load_balancing", {**TOP_2, "top_k": 1, "renormalize": False}, {"scope": "batch"}, "molora_router"),
 ]
 IDS = [
     f"{name}-{'-'.join(map(str, options.values()))}-{index}" for index, (name, _, options, _) in enumerate(VARIANTS)

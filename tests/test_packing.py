@@ -199,7 +199,7 @@ def test_a_dataset_handed_to_evaluate_keeps_its_tasks_too(tmp_path):
 LOSSES = {"load_balancing": 0.3, "router_z": 0.1, "router_entropy": 0.1}
 MODELS = {
     "a router of tokens": lambda: adapted(routing_losses={**LOSSES, "mutual_information": 0.5}),
-    "a router of tasks": lambda: by_task(routing_losses={"load_balancing": 0.3}),
+    "a router of tasks": lambda: by_task(selection="top_k", top_k=2, routing_losses={"load_balancing": 0.3}),
     "a table of tasks": lambda: by_task("polytropon", gate="sigmoid"),
     "a table of tasks with splits": lambda: by_task("polytropon-mhr", num_splits=2, gate="sigmoid"),
     "a router per domain": lambda: by_task("becotta", num_experts=3, routing_losses={}),

@@ -8,6 +8,7 @@ import kinds
 import pytest
 import tiny
 import torch
+import transformers
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 from kinds import KINDS, gradients, model_for, trainer_for, training_log
@@ -22,9 +23,10 @@ from transformers import (
 )
 from trl import SFTConfig
 
-from molora import MoLoraConfig
+from molora import MoLoraConfig, MoloraError
 from molora.routing.record import record_routing
 from molora.trainers import MoLoraSFTTrainer, MoLoraTrainer
+from molora.trainers.columns import ColumnCollator
 
 ONCE = {"max_steps": 1, "max_grad_norm": 0.0}
 LOSSES = {"load_balancing": 0.5, "router_z": 0.2}
@@ -352,3 +354,46 @@ def test_trls_own_switch_for_a_base_models_balancing_is_left_to_it(coefficient, 
     logged = training_log(trainer)
     assert ("aux_loss" in logged) == (coefficient is None)
     assert "molora/load_balancing" in logged
+
+
+def test_the_best_model_is_routed_as_it_was_when_it_was_best(tmp_path):
+    """Its weights come back, and so must what its schedules had come to."""
+    model = model_for("transformers", kinds.config(top_k=4, routing_schedules={"top_k": {"start": 4, "end": 2}}))
+    saving = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 3}
+    trainer = trainer_for(
+        "transformers", tmp_path, model=model, load_best_model_at_end=True, greater_is_better=True, **saving
+    )  # the greatest loss is that of the first step
+    trainer.train()
+    assert trainer.model.peft_config["default"].top_k == {1: 4, 2: 3}[trainer.state.best_global_step]
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, abs=1e-6)
+
+
+def test_a_second_training_logs_nothing_of_the_first(tmp_path):
+    trainer = trainer_for("transformers", tmp_path, max_steps=3, logging_steps=2)
+    trainer.train()
+    assert trainer._metrics_of_routing._values
+    trainer._start_anew()
+    assert not trainer._metrics_of_routing._values
+
+
+def test_a_trainer_leaves_routing_parameters_where_it_has_moved_them(tmp_path, monkeypatch):
+    """Only rounding is undone; on a GPU the move to the device would have been too."""
+    monkeypatch.setattr(transformers.Trainer, "_move_model_to_device", lambda self, model, device: model.double())
+    trainer = trainer_for("transformers", tmp_path)
+    assert {p.dtype for name, p in trainer.model.named_parameters() if "molora_router" in name} == {torch.float64}
+
+
+def test_columns_of_the_last_batch_are_not_those_of_the_next(tmp_path):
+    trainer = trainer_for("transformers", tmp_path)
+    trainer.train()
+    assert trainer.task_ids is not None
+    trainer.model.train()
+    batch = {"input_ids": torch.tensor([[5, 6, 7]]), "labels": torch.tensor([[5, 6, 7]])}
+    with pytest.raises(MoloraError, match="got no task ids"):
+        trainer.compute_loss(trainer.model, batch)
+
+
+def test_a_column_that_is_empty_in_some_rows_is_explained():
+    rows = [{"input_ids": [5], "task_ids": 1}, {"input_ids": [6], "task_ids": None}]
+    with pytest.raises(MoloraError, match="some rows have a task_ids column and 1 in this batch"):
+        ColumnCollator(lambda given: {"input_ids": torch.tensor([row["input_ids"] for row in given])})(rows)

@@ -178,9 +178,10 @@ def test_two_halves_are_the_whole(kind, stop, straight, tmp_path):
 
 def test_moving_coefficients_go_on(tmp_path):
     losses = {"load_balancing": {"coefficient": 0.005, "adaptive": True}, "l1_sparsity": {"coefficient": 0.1}}
-    straight = trainer_for("transformers", tmp_path, fields={"routing_losses": losses, "gate": "relu"})
+    fields = {"routing_losses": losses, "gate": "relu", "selection": "dense", "top_k": None, "renormalize": False}
+    straight = trainer_for("transformers", tmp_path, fields=fields)
     straight.train()
-    resumed = trainer_for("transformers", tmp_path, fields={"routing_losses": losses, "gate": "relu"})
+    resumed = trainer_for("transformers", tmp_path, fields=fields)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert_same_run(straight, resumed)
     assert_same_state(straight.state.stateful_callbacks["molora"], resumed.state.stateful_callbacks["molora"])

@@ -94,9 +94,9 @@ BROKEN = {
     "adapter to continue": ("adapter_name_or_path: ./dat", ["run.yaml:8", "no folder './dat'", "'data'"]),
     "alias": ("exclude_modules: *proj", ["run.yaml:8", "quotes"]),
     "tag": ("run_name: !!python/name:os.system x", ["run.yaml:8: run_name", "tag", "not supported"]),
-    "contains itself": ("fsdp_config: &a {b: *a}", ["run.yaml:8: fsdp_config.b", "contains itself"]),
+    "contains itself": ("lr_scheduler_kwargs: &a {b: *a}", ["run.yaml:8: lr_scheduler_kwargs.b", "contains itself"]),
     "control character": ("run_name: a\x07", ["run.yaml:8", "control character"]),
-    "tab": ("fsdp_config:\n\ta: 1", ["run.yaml:9", "tab", "spaces"]),
+    "tab": ("lr_scheduler_kwargs:\n\ta: 1", ["run.yaml:9", "tab", "spaces"]),
     "unclosed bracket": ("exclude_modules: [a, b\nseed: 1", ["run.yaml:9", "not valid YAML"]),
     "second document": ("---\nseed: 1", ["run.yaml:8", "second document"]),
 }

@@ -206,7 +206,7 @@ def ended(processes, *args, **kwargs):
 @pytest.mark.parametrize(
     ("before", "last"),
     [
-        (".saving/adapter_config.json", "checkpoint-2"),
+        ("_saving/adapter_config.json", "checkpoint-2"),
         (f"checkpoint-3/{STATE}", "checkpoint-2"),
         ("/checkpoint-2", "checkpoint-3"),
     ],
@@ -243,7 +243,7 @@ def test_a_whole_checkpoint_is_there_while_another_of_its_step_replaces_it(strai
     taken = moments_of(folder, tmp_path / "moments", trainer.train, lambda: trainer.state.global_step == 3)
     found = [Path(last_whole_checkpoint(moment)).name for moment in taken]
     assert found[0] == found[-1] == "checkpoint-3"
-    assert "replaced-checkpoint-3" in found
+    assert "_replaced-checkpoint-3" in found
     for moment, name in zip(taken, found, strict=True):
         stale = (moment / name / "stale.txt").exists()
         put_back_replaced(moment)
@@ -256,7 +256,7 @@ def test_a_whole_checkpoint_is_there_while_another_of_its_step_replaces_it(strai
 def test_a_run_resumes_from_a_checkpoint_that_was_being_replaced(straight, tmp_path):
     folder = copied(straight, tmp_path)
     os.replace(folder / "checkpoint-4", tmp_path / "unused")
-    os.replace(folder / "checkpoint-3", folder / "replaced-checkpoint-3")
+    os.replace(folder / "checkpoint-3", folder / "_replaced-checkpoint-3")
     (folder / "checkpoint-3").mkdir()
     trainer = trainer_for(folder)
     trainer.train(resume_from_checkpoint=True)
@@ -271,9 +271,9 @@ def test_rotation_keeps_no_broken_checkpoint_in_place_of_a_whole_one(straight, t
     (folder / "checkpoint-9" / "adapter_model.safetensors").write_text("half")
     trainer = trainer_for(folder, save_total_limit=1, max_steps=2)
     trainer.train(resume_from_checkpoint=True)
-    assert {path.name for path in folder.glob("*checkpoint-*")} == {"checkpoint-2", "broken-checkpoint-9"}
+    assert {path.name for path in folder.glob("*checkpoint-*")} == {"checkpoint-2", "_broken-checkpoint-9"}
     assert is_whole(folder / "checkpoint-2")
-    assert (folder / "broken-checkpoint-9" / "adapter_model.safetensors").exists()
+    assert (folder / "_broken-checkpoint-9" / "adapter_model.safetensors").exists()
 
 
 def test_the_state_is_written_when_every_process_has_saved_its_own(tmp_path, monkeypatch):

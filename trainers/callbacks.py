@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from peft.utils import CONFIG_NAME
 from transformers import TrainerCallback
 
 from molora.errors import MoloraError
@@ -52,6 +55,21 @@ class RoutingScheduleCallback(TrainerCallback):
                     for field, schedule in schedules.items()
                 }
                 set_routing(model, adapter, values)
+
+
+def restore_choices(model: Any, checkpoint: str) -> None:
+    """Take up the scheduled choices that the adapters in a checkpoint were saved with.
+
+    Args:
+        model: The adapted model.
+        checkpoint: Folder of a checkpoint; adapters other than `default` lie in folders of their names.
+    """
+    for adapter in trained_adapters(model):
+        fields = getattr(model.peft_config[adapter], "routing_schedules", {})
+        file = Path(checkpoint) / ("" if adapter == "default" else adapter) / CONFIG_NAME
+        if fields and file.is_file():
+            saved = json.loads(file.read_text(encoding="utf-8"))
+            set_routing(model, adapter, {field: saved[field] for field in fields})
 
 
 def set_routing(model: Any, adapter: str, values: Mapping[str, Any]) -> None:

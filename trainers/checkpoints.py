@@ -25,10 +25,10 @@ from molora.errors import MoloraError
 
 logger = logging.getLogger(__name__)
 
-REPLACED = "replaced-"
+REPLACED = "_replaced-"
 """Stands before the name of a whole checkpoint for as long as another of the same step is written."""
 
-BROKEN = "broken-"
+BROKEN = "_broken-"
 """Stands before the name of a broken checkpoint that rotation might keep in place of a whole one."""
 
 OUR_STATE = "WholeCheckpointsMixin"

@@ -41,6 +41,7 @@ class RoutingColumnsMixin:
         self.packed_rows: Tensor | None = None
         self._columns: dict[str, Tensor] = {}
         self._evaluation: ExitStack | None = None
+        self._prepared: Any = None
         super().__init__(*args, **kwargs)
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -71,15 +72,16 @@ class RoutingColumnsMixin:
         if type(inputs) is dict:  # a trainer may hand out the same batch again, which must still have its columns
             inputs = dict(inputs)
         self.task_ids, self.packed_rows, self._columns = None, None, {}
+        self._prepared = inputs
         self._take(inputs)
         if self._evaluation is not None:  # the model may be called without `compute_loss`
             self._evaluation.enter_context(self._given(inputs))
         return inputs
 
-    def _take(self, inputs: Any) -> None:
-        """Take the routing columns out of a batch, and keep them until the next one."""
+    def _take(self, inputs: Any, new: bool = False) -> None:
+        """Take the routing columns out of a batch, and keep them until the next one, or forget those of the last."""
         columns = take_columns(inputs)
-        if columns:
+        if columns or new:
             self._columns = columns
             self.task_ids, self.packed_rows = columns.get(TASK_IDS), columns.get(PACKED_ROWS)
 

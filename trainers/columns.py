@@ -72,9 +72,9 @@ class ColumnCollator:
         """Batch the rows; those that are no mappings, or are not made one batch of, are left to the collator."""
         if not rows or not isinstance(rows[0], Mapping):
             return self.collate(rows)
-        names = [name for name in COLUMNS if name in rows[0]]
+        names = [name for name in COLUMNS if any(row.get(name) is not None for row in rows)]
         for name in names:
-            without = [index for index, row in enumerate(rows) if name not in row]
+            without = [index for index, row in enumerate(rows) if row.get(name) is None]
             if without:
                 raise MoloraError(f"some rows have a {name} column and {len(without)} in this batch have none.")
         batch = self.collate([{key: row[key] for key in row if key not in names} for row in rows])

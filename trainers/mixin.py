@@ -18,7 +18,7 @@ from molora.routing.diagnosis import routing_problems
 from molora.routing.record import RoutingRecord, record_routing
 from molora.routing.stacked import stack_records
 from molora.routing.statistics import RoutingTally, tally
-from molora.trainers.callbacks import RoutingScheduleCallback, trained_adapters
+from molora.trainers.callbacks import RoutingScheduleCallback, restore_choices, trained_adapters
 from molora.trainers.column_mixin import RoutingColumnsMixin
 from molora.trainers.consistency import ModelOutput, consistency_of, model_outputs
 from molora.trainers.control import Coefficients, RoutingControlCallback, balances_globally
@@ -65,7 +65,7 @@ class RoutingLossMixin(RoutingColumnsMixin, WholeCheckpointsMixin):
         """
         own_loss: Any = super().compute_loss  # type: ignore[misc]  # the trainer this is mixed into
         options = {"return_outputs": return_outputs, "num_items_in_batch": num_items_in_batch}
-        self._take(inputs)
+        self._take(inputs, new=inputs is not self._prepared)
         training = self.model.training and torch.is_grad_enabled()
         with self._given(inputs):
             if not training:
@@ -200,6 +200,14 @@ class RoutingLossMixin(RoutingColumnsMixin, WholeCheckpointsMixin):
                 mean = sum(value.values()) / len(value) if isinstance(value, dict) else value
                 self._moving[f"{self._prefix(adapter)}{name}_coefficient"] = mean
         return used
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()  # type: ignore[misc]  # the trainer this is mixed into
+        restore_choices(self.model, self.state.best_model_checkpoint)
+
+    def _start_anew(self) -> None:
+        self._metrics_of_routing = RoutingMetrics()
+        self._moving.clear()
 
     def _state_to_continue(self) -> dict[str, Any]:
         return {**super()._state_to_continue(), "routing": self._metrics_of_routing.state()}

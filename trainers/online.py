@@ -89,7 +89,7 @@ def _columns_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     """The routing columns of rows that are not tokenized yet."""
     columns = {}
     for name in COLUMNS:
-        values = [row[name] for row in rows if name in row]
+        values = [row[name] for row in rows if row.get(name) is not None]
         if not values:
             continue
         if len(values) != len(rows):

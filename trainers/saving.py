@@ -112,8 +112,8 @@ class WholeCheckpointsMixin:
         if not trainer.args.should_save:
             save(str(target), state_dict=state_dict)
             return
-        # Inside the target, so that moving is renaming.
-        staging = target / ".saving"
+        # Inside the target, so that moving is renaming; uploads to the hub leave out what begins so.
+        staging = target / "_saving"
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
         if (target / "README.md").is_file():  # PEFT adds to the model card that it finds
@@ -126,6 +126,9 @@ class WholeCheckpointsMixin:
                 os.replace(path, place)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+
+    def _start_anew(self) -> None:
+        """Forget what an earlier training of this trainer gathered for its log."""
 
     def _state_to_continue(self) -> dict[str, Any]:
         """What the log has gathered since its last line, and whether there is more than the model to resume from.
@@ -163,6 +166,7 @@ class _ContinueCallback(TrainerCallback):
         self._trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer._start_anew()
         saved = what_we_saved({"stateful_callbacks": state.stateful_callbacks})
         if saved:
             self._trainer._continue_from(saved)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -81,6 +82,12 @@ def check_machine(run_file: RunFile) -> None:
     profile, count = run_file.launch.accelerate_config or _DEFAULT, run_file.launch.num_processes
     named = profile in accelerate_profiles()
     field = "accelerate_config" if run_file.gives("accelerate_config") else "num_processes"
+    if not named:
+        try:
+            load_config_from_file(str(_config_file(run_file)))
+        except (ValueError, yaml.YAMLError, AttributeError, TypeError, OSError) as error:
+            message = f"{profile!r} is no file of `accelerate config`: {error}"
+            raise run_file.error(field, message) from error
     kind = _kind(run_file)
     on_cpu = run_file.training.get("use_cpu", False) or not torch.accelerator.is_available()
     if kind == "DEEPSPEED" and importlib.util.find_spec("deepspeed") is None:

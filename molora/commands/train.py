@@ -32,6 +32,9 @@ from molora.report import REPORT_FILE, TaskRouting, routing_by_task, routing_tab
 from molora.runfile import RunFile, check_output_dir
 from molora.trainers import MoLoraSFTTrainer
 
+_EXPERTS_OF_BASE = ("num_experts", "num_local_experts", "n_routed_experts")
+"""Fields of a base model's configuration that make it a mixture of experts itself."""
+
 _SHARDING = ("FSDP", "DEEPSPEED")
 """What accelerate's launcher may ask of a process, by environment variables such as `ACCELERATE_USE_FSDP`."""
 
@@ -63,6 +66,10 @@ def run(run_file: RunFile) -> int:
     base, tokenizer = load_model(run_file)
     data = tokenise(run_file, tasks, tokenizer, arguments.max_length)
     model = adapt(run_file, base)
+    if "ddp_find_unused_parameters" not in run_file.training:
+        # Every adapted linear of a dense model runs in every step; looking for others costs time, and a warning.
+        text = base.config.get_text_config()
+        arguments.ddp_find_unused_parameters = any(getattr(text, name, None) for name in _EXPERTS_OF_BASE)
     trainer = MoLoraSFTTrainer(
         model=model,
         args=arguments,
@@ -78,6 +85,8 @@ def run(run_file: RunFile) -> int:
     scored, sharded = run_file.evaluation.evaluate_tasks, _is_sharded(trainer)
     # A model that is shared out takes its place on the devices when training starts, and its base does not change.
     before = _score_base(run_file, model, tokenizer, data) if scored and not sharded else []
+    if state.is_main_process:
+        _write_run_file(run_file)  # a checkpoint needs it too, to be asked as it was trained
     resume = run_file.training.get("resume_from_checkpoint")
     trainer.train(resume_from_checkpoint=os.path.expanduser(resume) if isinstance(resume, str) else resume)
     _check_finite(model)
@@ -187,6 +196,13 @@ def _introduce(console: Console, run_file: RunFile, model: PeftModel, data: RunD
         console.print(sentence, highlight=False, markup=False, soft_wrap=True)
 
 
+def _write_run_file(run_file: RunFile) -> None:
+    """Write the complete run file, which reproduces the run, beside the adapter."""
+    run_file.output_dir.mkdir(parents=True, exist_ok=True)
+    resolved = yaml.safe_dump(run_file.resolved(), sort_keys=False, allow_unicode=True)
+    (run_file.output_dir / RUN_FILE).write_text(resolved, encoding="utf-8")
+
+
 def _finish(
     console: Console,
     run_file: RunFile,
@@ -204,8 +220,6 @@ def _finish(
         "routing": [asdict(task) for task in routing],
     }
     (folder / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    resolved = yaml.safe_dump(run_file.resolved(), sort_keys=False, allow_unicode=True)
-    (folder / RUN_FILE).write_text(resolved, encoding="utf-8")
     if after:
         console.print("\nScores on held-out rows")
         console.print(score_table(before, after))

@@ -104,4 +104,7 @@ def preset_fields(name: str, overrides: dict[str, Any]) -> dict[str, Any]:
         fields = {
             key: value for key, value in fields.items() if selection in SELECTIONS_OF_FIELD.get(key, (selection,))
         }
+        if selection == "dense":
+            losses = fields.get("routing_losses", {})
+            fields["routing_losses"] = {name: value for name, value in losses.items() if name != "load_balancing"}
     return {**fields, **overrides}

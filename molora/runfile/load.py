@@ -158,6 +158,10 @@ def _check_together(document: Document, values: Mapping[str, Any], datasets: Seq
     has_eval = any(entry.get("eval_path") or entry.get("eval_split") for entry in datasets)
     if values.get("eval_strategy", "no") != "no" and datasets and not has_eval:
         document.report(("eval_strategy",), "needs a dataset with `eval_path` or `eval_split`.")
+    by_best = "load_best_model_at_end" if values.get("load_best_model_at_end") else "save_strategy"
+    best = values.get("load_best_model_at_end") or values.get("save_strategy") == "best"
+    if best and not values.get("metric_for_best_model"):
+        document.report((by_best,), "tasks are evaluated one by one; set `metric_for_best_model: eval_<task>_loss`.")
 
 
 def _check_launch(document: Document, values: Mapping[str, Any]) -> None:
@@ -166,6 +170,8 @@ def _check_launch(document: Document, values: Mapping[str, Any]) -> None:
     if given is None or given in profiles:
         if given in SINGLE and processes > 1:
             document.report(("num_processes",), f"got {processes}, and accelerate_config {given!r} runs one process.")
+    elif expand(given).is_dir():
+        document.report(("accelerate_config",), f"{given!r} is a folder; name a file of `accelerate config`.")
     elif looks_local(given, Path()) and not expand(given).is_file():
         document.report(("accelerate_config",), f"there is no file {given!r}.{closest_file(expand(given))}")
     elif not expand(given).is_file():

@@ -111,6 +111,9 @@ REFUSED: dict[str, str] = {
     "do_eval": "has no effect: set `eval_strategy`.",
     "do_predict": "has no effect: set `evaluate_tasks`.",
     "local_rank": "is set by the launcher.",
+    "fsdp": "is set by how the run is started: `accelerate_config: fsdp2`.",
+    "fsdp_config": "is set by how the run is started: `accelerate_config: fsdp2`, or a file of `accelerate config`.",
+    "deepspeed": "is set by how the run is started: `accelerate_config: zero2` or `zero3`, or a file.",
     "parallelism_config": "cannot be written in a file; use `accelerate config`.",
     "hub_token": "a secret does not belong in a run file; set the environment variable HF_TOKEN.",
 }
