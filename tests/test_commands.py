@@ -70,6 +70,8 @@ def test_train_saves_an_adapter_that_loads_anywhere_and_reports_what_it_did(run_
     assert molora_cli.main(["train", run_file()]) == 0
     printed = capsys.readouterr().out
     report = json.loads((tmp_path / "out/molora_report.json").read_text())
+    history = json.loads((tmp_path / "out/trainer_state.json").read_text())["stateful_callbacks"]["molora"]["history"]
+    assert history["molora/"]["entries"], "for reports, also where no checkpoint is saved"
     for entry in report["after"]:
         assert entry["task"] in printed
     assert [(score["task"], score["metric"]) for score in report["after"]] == [

@@ -91,6 +91,7 @@ def run(run_file: RunFile) -> int:
     trainer.train(resume_from_checkpoint=os.path.expanduser(resume) if isinstance(resume, str) else resume)
     _check_finite(model)
     trainer.save_model()
+    trainer.save_state()  # the log, and how every linear was routed over the training
     after, routing = [], []
     if scored and data.eval:
         if sharded:
