@@ -14,12 +14,15 @@ import pytest
 import tiny
 import torch
 import yaml
+from accelerate.utils import DistributedType
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 import molora_cli
+from molora import ConfigError
 from molora.commands import launch
+from molora.commands.train import _as_launched
 from molora.runfile import load_run_file
 from molora.runfile.run import accelerate_profiles
 
@@ -193,6 +196,13 @@ def test_two_processes_train_what_one_does(run_file, tmp_path):
     assert reports[0]["before"] == reports[1]["before"] != []
 
 
+def test_other_processes_than_asked_for_are_refused(run_file):
+    state = SimpleNamespace(num_processes=2, distributed_type=DistributedType.MULTI_CPU)
+    with pytest.raises(ConfigError, match="num_processes: got 3, and the launcher started 2"):
+        _as_launched(load_run_file(run_file(num_processes=3)), state)
+
+
+@pytest.mark.multiprocess
 def test_other_processes_than_asked_for_are_refused_once(run_file, tmp_path):
     """Started by hand with torchrun, which says one thing, while the file says another."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

@@ -249,3 +249,9 @@ def test_the_size_of_a_loaded_model_is_known_before(options, tied, tmp_path):
     spare = 1500 * sum(isinstance(module, nn.Linear) for module in model.modules()) if options.asked else 0
     predicted = options.bytes_of(plain.requires_grad_(False))
     assert actual - spare <= predicted <= actual
+
+
+def test_the_shipped_run_file_loads():
+    run = load_run_file(Path(__file__).parent.parent / "configs/qlora.yaml")
+    assert run.model.load_in_4bit
+    assert run.datasets

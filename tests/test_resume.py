@@ -178,7 +178,8 @@ def test_two_halves_are_the_whole(kind, stop, straight, tmp_path):
 
 def test_moving_coefficients_go_on(tmp_path):
     losses = {"load_balancing": {"coefficient": 0.005, "adaptive": True}, "l1_sparsity": {"coefficient": 0.1}}
-    fields = {"routing_losses": losses, "gate": "relu", "selection": "dense", "top_k": None, "renormalize": False}
+    chosen = {"selection": "threshold", "threshold": 1e-6, "top_k": None}
+    fields = {"routing_losses": losses, "gate": "relu", "renormalize": False, **chosen}
     straight = trainer_for("transformers", tmp_path, fields=fields)
     straight.train()
     resumed = trainer_for("transformers", tmp_path, fields=fields)

@@ -300,6 +300,7 @@ def test_a_resumed_run_continues_biases_and_schedules(tmp_path):
     fields = {
         **BALANCED,
         "top_k": 4,
+        "renormalize": False,
         "routing_schedules": {"top_k": {"start": 4, "end": 1}, "temperature": {"start": 4.0, "end": 1.0}},
     }
 
