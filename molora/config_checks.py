@@ -46,6 +46,11 @@ OPTIONAL_NAMES = ("weights", "expert_activation")
 """Those of them that may be left out."""
 
 
+def fewest_experts(config: Config) -> int:
+    """The number of routed experts where there are fewest."""
+    return config.num_experts if isinstance(config.num_experts, int) else min(config.num_experts)
+
+
 def _is_int(value: object, minimum: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
 

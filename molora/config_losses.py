@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from molora.config_checks import fewest_experts
 from molora.errors import Problem
 from molora.losses import ADAPTIVE, coefficient_at, is_scheduled, loss_needs, settings_of
 from molora.routing import ROUTERS, reads
@@ -31,7 +32,6 @@ _NOISY_GATES = ("gumbel_softmax", "relaxed_bernoulli")
 def check_losses(config: Config) -> Iterator[Problem]:
     """Losses that read what this routing does not have, or that could teach it nothing."""
     losses = config.routing_losses
-    fewest = config.num_experts if isinstance(config.num_experts, int) else min(config.num_experts)
     if losses and not reads(config.router):
         yield Problem("routing_losses", f"need a router that reads the input; router={config.router!r} does not.")
     for name, setting in losses.items():
@@ -39,7 +39,7 @@ def check_losses(config: Config) -> Iterator[Problem]:
         _, options = settings_of(setting)
         needs = loss_needs(name, setting)
         problems = [*(check(config, options) if check else ()), *_of_parts(config, needs), *_of_shares(config, name)]
-        if name not in _OF_ONE_EXPERT and fewest + config.null_experts == 1:
+        if name not in _OF_ONE_EXPERT and fewest_experts(config) + config.null_experts == 1:
             problems.append("compares experts, and there is one.")
         for problem in problems:
             yield Problem("routing_losses", f"{name}: {problem}")
@@ -130,7 +130,7 @@ def _l1_sparsity(config: Config, options: dict[str, Any]) -> Iterator[str]:
         yield "a ReLU gate needs no null experts to leave some out; set null_experts=0."
     if config.gate != "relu":
         yield f"needs weights that can be exactly zero; set gate='relu', not {config.gate!r}."
-    fewest = config.num_experts if isinstance(config.num_experts, int) else min(config.num_experts)
+    fewest = fewest_experts(config)
     if options.get("experts_per_token", 2) >= fewest:
         yield f"experts_per_token must be below num_experts, {fewest}; got {options.get('experts_per_token', 2)!r}."
 

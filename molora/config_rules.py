@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
-from molora.config_checks import FORMAT_VERSION
+from molora.config_checks import FORMAT_VERSION, fewest_experts
 from molora.config_effects import without_effect
 from molora.config_losses import check_losses
 from molora.errors import Problem
@@ -50,11 +50,6 @@ def _check_schedules(config: Config) -> Iterator[Problem]:
             setattr(there, field, schedule[end])
         for problem in _check_choices(there):
             yield Problem("routing_schedules", f"{end}: {problem.field}: {problem.message}")
-
-
-def fewest_experts(config: Config) -> int:
-    """The number of routed experts where there are fewest."""
-    return config.num_experts if isinstance(config.num_experts, int) else min(config.num_experts)
 
 
 def _check_selection(config: Config) -> Iterator[Problem]:

@@ -7,6 +7,7 @@ import functools
 import itertools
 import tempfile
 
+import kinds
 import pytest
 import tiny
 import torch
@@ -110,14 +111,7 @@ def trainer_for(folder, model, **arguments):
 
 def first_gradients(folder, model, **arguments):
     trainer = trainer_for(folder, model, **arguments)
-    caught = {}
-
-    def keep(*args, **kwargs):
-        caught.update({name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None})
-
-    trainer.create_optimizer_and_scheduler(1)
-    trainer.optimizer.register_step_pre_hook(keep)
-    trainer.train()
+    caught = kinds.gradients(trainer)
     logged = next(entry for entry in trainer.state.log_history if "loss" in entry)
     return caught, logged
 

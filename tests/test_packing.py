@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
+from kinds import gradients
 from peft import get_peft_model
 from transformers import DataCollatorWithFlattening, TrainingArguments
 from trl import SFTConfig, pack_dataset
@@ -66,18 +67,6 @@ def sft(folder, model, train=None, **arguments):
     return MoLoraSFTTrainer(
         model, args=SFTConfig(**settings), train_dataset=train, processing_class=tiny.tiny_tokenizer()
     )
-
-
-def gradients(trainer):
-    caught = {}
-
-    def keep(*args, **kwargs):
-        caught.update({name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None})
-
-    trainer.create_optimizer_and_scheduler(1)
-    trainer.optimizer.register_step_pre_hook(keep)
-    trainer.train()
-    return caught
 
 
 def assert_same(a, b):

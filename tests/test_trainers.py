@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import kinds
 import pytest
 import tiny
 import torch
@@ -69,15 +70,7 @@ def gradients(kind, tmp_path, coefficient, model=None, **arguments):
         model or adapted(routing_losses={"load_balancing": coefficient}),
         **{"max_steps": 1, "max_grad_norm": 0.0, **arguments},
     )
-    caught = {}
-
-    def keep(*args, **kwargs):
-        caught.update({name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None})
-
-    trainer.create_optimizer_and_scheduler(1)
-    trainer.optimizer.register_step_pre_hook(keep)
-    trainer.train()
-    return caught
+    return kinds.gradients(trainer)
 
 
 def assert_same(a, b, **tolerance):

@@ -102,10 +102,8 @@ def _fetched(
     tallies: Mapping[str, RoutingTally], values: Mapping[str, Tensor]
 ) -> tuple[dict[str, RoutingTally], dict[str, list[float]]]:
     """Bring everything to the CPU in one transfer."""
-    tensors: list[Tensor] = []
-    for counted in tallies.values():
-        counted.map(lambda column: tensors.append(column) or column)  # type: ignore[func-returns-value]
-    tensors += values.values()
+    columns = [getattr(counted, field.name) for counted in tallies.values() for field in fields(counted)[1:]]
+    tensors = [*columns, *values.values()]
     arrived = iter(_moved(tensors))
     moved = {prefix: counted.map(lambda _: next(arrived)) for prefix, counted in tallies.items()}
     return moved, {name: next(arrived).tolist() for name in values}
