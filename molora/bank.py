@@ -32,6 +32,7 @@ from molora.routing import ROUTERS, BalanceBias, Blend, Router, RouterSize, Rout
 from molora.routing.precision import autocast_enabled
 from molora.routing.record import RoutingRecorder
 from molora.routing.scope import RoutingScope
+from molora.siblings import SharedInput
 
 _FROZEN = ("molora_frozen_A", "molora_frozen_B", "molora_bias")
 """Containers that are never trained by gradients."""
@@ -57,6 +58,7 @@ class MoLoraLayer(BaseTunerLayer):
         "molora_spec",
         "molora_plan",
         "molora_group",
+        "molora_input",
         "molora_before",
     )
     molora_A: nn.ModuleDict
@@ -89,6 +91,7 @@ class MoLoraLayer(BaseTunerLayer):
         self.molora_spec: dict[str, RoutingSpec] = {}
         self.molora_plan: dict[str, ModulePlan] = {}
         self.molora_group: dict[str, RoutingGroup] = {}
+        self.molora_input: dict[str, SharedInput] = {}
         self.molora_before: dict[str, MoLoraLayer] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
@@ -105,6 +108,7 @@ class MoLoraLayer(BaseTunerLayer):
         group: RoutingGroup | None = None,
         pool: ShardPool | None = None,
         inference_mode: bool = False,
+        reads: SharedInput | None = None,
     ) -> None:
         """Add an adapter to this module, freshly initialised.
 
@@ -115,6 +119,7 @@ class MoLoraLayer(BaseTunerLayer):
             group: The modules it routes together with; it joins them.
             pool: The pool its vectors are drawn from, for `expert_layout="shards"`; `None` makes one.
             inference_mode: Create the parameters frozen.
+            reads: The modules whose input it has too; it joins them.
         """
         for name in (*self.adapter_layer_names, *self.other_param_names):
             container = getattr(self, name)
@@ -123,6 +128,9 @@ class MoLoraLayer(BaseTunerLayer):
         if group is not None:
             group.members.append(self)
             self.molora_group[adapter_name] = group
+        if reads is not None:
+            reads.members.append(self)
+            self.molora_input[adapter_name] = reads
         self.molora_plan[adapter_name] = plan
         self.molora_spec[adapter_name] = plan.spec
         self.molora_ranks[adapter_name] = RankMap(plan.ranks, plan.scales)

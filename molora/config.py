@@ -78,7 +78,8 @@ class MoLoraConfig(PeftConfig):
     init_A_range: float = _field(0.02, "Standard deviation of `init_A: normal`.")
     init_weights: bool = _field(True, "True starts as an exact identity; False draws B at random, for tests.")
     lora_alpha: float = _field(8, "Scale of an expert is `lora_alpha / r`, r its own rank.")
-    lora_dropout: float = _field(0.0, "Dropout on the input of the experts; the router sees the input undropped.")
+    lora_dropout: float = _field(0.0, "Dropout of the experts; the router sees the input undropped.")
+    dropout_position: str = _field("input", f"What `lora_dropout` drops: {_names('dropout_position')}.")
     use_rslora: bool = _field(False, "Scale by `lora_alpha / sqrt(r)` instead.")
     scale_by: str = _field("expert", f"Whose rank divides `lora_alpha`: {_names('scale_by')}.")
     imported_experts: list[dict[str, Any]] | None = _field(

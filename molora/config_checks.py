@@ -32,12 +32,13 @@ NAMES: dict[str, Mapping[str, Any]] = {
     "expert_activation": ACTIVATIONS,
     "shared_weight": dict.fromkeys(("one", "remainder")),
     "init_A": dict.fromkeys(("kaiming_uniform", "normal", "sparse_normal")),
+    "dropout_position": dict.fromkeys(("input", "hidden")),
     "scale_by": dict.fromkeys(("expert", "total")),
     "expert_scope": dict.fromkeys(("linear", "ffn", "block")),
     "adapter_position": dict.fromkeys(("parallel", "after")),
     "router_input": dict.fromkeys(("module", "base")),
     "router_level": dict.fromkeys(("token", "sequence")),
-    "router_sharing": dict.fromkeys(("none", "block", "model", "weights")),
+    "router_sharing": dict.fromkeys(("none", "input", "block", "model", "weights")),
     "bias": dict.fromkeys(("none", "all", "molora_only")),
 }
 """Fields that take one of a closed set of names."""

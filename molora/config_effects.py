@@ -35,6 +35,7 @@ _UNSET: dict[str, Any] = {
     "expert_dropout": 0,
     "capacity_factor": None,
     "routing_schedules": {},
+    "dropout_position": "input",
 }
 """The value of each field that asks for nothing."""
 
@@ -109,6 +110,8 @@ def _unread(config: Config) -> Iterator[tuple[str, str, str]]:
         yield "router_init_range", f"router_init={config.router_init!r}", "set router_init='normal'"
     if config.init_A != "normal":
         yield "init_A_range", f"init_A={config.init_A!r}", "set init_A='normal'"
+    if not config.lora_dropout:
+        yield "dropout_position", "lora_dropout=0", "set lora_dropout"
     if config.weights != "blend":
         yield "blend_coefficients", f"weights={config.weights!r}", "set weights='blend'"
     if config.expert_layout != "shards":

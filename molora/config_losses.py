@@ -46,6 +46,11 @@ def check_losses(config: Config) -> Iterator[Problem]:
     yield from _check_coefficients(losses)
 
 
+def reads_hidden(config: Config) -> bool:
+    """Whether a routing loss of an adapter reads what its experts make of a token, which no kernel gives away."""
+    return any("columns" in loss_needs(name, setting) for name, setting in config.routing_losses.items())
+
+
 def view_dropout(config: Config) -> float | None:
     """Share of features left out in the second view that `gate_contrastive` compares with; `None` without it."""
     setting = config.routing_losses.get("gate_contrastive")
@@ -88,7 +93,7 @@ def _of_parts(config: Config, needs: frozenset[str]) -> Iterator[str]:
         layouts = ("separate",) if "down" in needs else ("separate", "shared_A")
         if config.expert_layout not in layouts or config.num_splits > 1:
             yield f"needs experts with matrices of their own; set expert_layout={' or '.join(map(repr, layouts))}."
-        if config.router_sharing in ("block", "model") or config.expert_scope == "ffn":
+        if config.router_sharing in ("input", "block", "model") or config.expert_scope == "ffn":
             yield "would reach only the first of the linears that decide together; set router_sharing='none'."
     by_row = config.router_level == "sequence" or not reads(config.router) & {"input", "hidden", "state"}
     if "columns" in needs and by_row:
@@ -164,7 +169,7 @@ def _gate_contrastive(config: Config, options: dict[str, Any]) -> Iterator[str]:
     if options.get("positives", "view") == "view":
         if reads(config.router) != {"input"} or config.router_input != "module":
             yield f"makes a second view of the input, which router={config.router!r} does not read alone."
-        if config.router_sharing in ("block", "model") or config.selection == "sparsemixer":
+        if config.router_sharing in ("input", "block", "model") or config.selection == "sparsemixer":
             yield "makes no second view of a decision that is shared or sampled; set positives: task."
 
 

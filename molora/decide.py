@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ from torch.nn.functional import dropout
 
 from molora.errors import MoloraError
 from molora.given import Given, given_weights
-from molora.observe import parts_of
+from molora.observe import tell
 from molora.routing import RouterInput, Routing, RoutingExtras, route, second_view
 from molora.routing.masks import pool_last, pool_mean
 from molora.routing.precision import promote
@@ -28,14 +27,28 @@ BASE_HIDDEN = "base_hidden"
 _FEATURES = frozenset({"input", "hidden", "state"})
 
 
-def decide(layer: MoLoraLayer, name: str, x: Tensor, hidden: Tensor, rows: list[int] | None) -> Routing | None:
+class Products(NamedTuple):
+    """What one module multiplies its input with, computed together.
+
+    Attributes:
+        hidden: `A x`, `[..., R]`.
+        router: `x Wᵀ` for the rows of its router, `[..., E]`; `None` where the router multiplies by itself.
+        threshold: Likewise for the threshold net, `[..., 1]`.
+    """
+
+    hidden: Tensor
+    router: Tensor | None = None
+    threshold: Tensor | None = None
+
+
+def decide(layer: MoLoraLayer, name: str, x: Tensor, products: Products, rows: list[int] | None) -> Routing | None:
     """Decide how much each expert counts for each token.
 
     Args:
         layer: The adapted module.
         name: Name of the adapter.
         x: What the module's experts read, `[..., in]`.
-        hidden: `A x`, `[..., R]`.
+        products: `A x`, and what of the router was multiplied already.
         rows: Which rows of the call's batch these are; `None` for all.
 
     Returns:
@@ -58,25 +71,12 @@ def decide(layer: MoLoraLayer, name: str, x: Tensor, hidden: Tensor, rows: list[
     if given is not None and call is not None:
         routing = given_weights(given, plan, x, call, rows)
     else:
-        routing = _Decision(layer, name, plan, x, hidden, call, rows).routing()
+        routing = _Decision(layer, name, plan, x, products, call, rows).routing()
     if group is not None and group.decides_once and group.leader is layer:
         group.put(name, call, routing)
-    if layer.routing_recorder is not None and plan.reads and given is None:
-        seen = _flat(routing, x)
-        parts = partial(parts_of, layer, name, x, hidden, seen)
-        vectors = 1 if seen is routing else plan.num_splits
-        layer.routing_recorder.append(
-            layer.routing_name, name, seen, plan.ranks, plan.spec.null_experts, parts, vectors
-        )
+    if plan.reads and given is None:
+        tell(layer, name, x, products.hidden, routing)
     return routing
-
-
-def _flat(routing: Routing, x: Tensor) -> Routing:
-    """A decision with several weight vectors per row or token has them in place of tokens."""
-    if routing.logits.ndim <= x.ndim:
-        return routing
-    parts = ("logits", "probabilities", "selected", "weights")
-    return replace(routing, **{part: getattr(routing, part).flatten(1, -2) for part in parts})
 
 
 def _part(container: nn.ModuleDict, name: str) -> Any:
@@ -92,12 +92,12 @@ class _Decision:
         name: str,
         plan: ModulePlan,
         x: Tensor,
-        hidden: Tensor,
+        products: Products,
         call: RoutingCall | None,
         rows: list[int] | None,
     ) -> None:
         self.layer, self.name, self.plan = layer, name, plan
-        self.x, self.hidden, self.call = x, hidden, call
+        self.x, self.products, self.call = x, products, call
         self.given = Given(layer.routing_name, plan, x, call, rows)
         self.spec = layer.molora_spec[name]
 
@@ -119,15 +119,19 @@ class _Decision:
     def _fresh(self) -> Routing:
         layer, name, reads = self.layer, self.name, self.plan.reads
         router = layer.router_of(name)
-        features = self._features() if reads & {"input", "state"} else None
+        products = self.products
+        by_itself = products.threshold is None and name in layer.molora_threshold
+        multiplied = products.router is not None and not by_itself
+        features = self._features() if reads & {"input", "state"} and not multiplied else None
         scores = self.given.scores() if "scores" in reads else None
         given = RouterInput(
             features,
-            self.hidden,
+            products.hidden,
             layer.molora_ranks[name].expert,
             self.given.task_ids() if "task" in reads else None,
             scores,
             self._state() if "state" in reads else None,
+            products.router,
         )
         logits = router(given)
         if "state" in reads:
@@ -137,7 +141,7 @@ class _Decision:
         blend = _part(layer.molora_blend, name)
         mix, factor = (None, None) if blend is None else blend()
         extras = RoutingExtras(
-            threshold_logit=None if threshold is None else threshold(features),
+            threshold_logit=None if threshold is None else threshold(features, products.threshold),
             bias=None if bias is None else bias(),
             scores=scores,
             allowed=self.given.allowed(),

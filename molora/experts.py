@@ -178,7 +178,8 @@ class RankMap(nn.Module):
         super().__init__()
         self.ranks = tuple(ranks)
         self.scales = tuple(scales)
-        self._equal = len(set(self.ranks)) == 1 and len(set(self.scales)) == 1
+        self._equal_ranks, self._equal_scales = len(set(self.ranks)) == 1, len(set(self.scales)) == 1
+        self._equal = self._equal_ranks and self._equal_scales
         self._fill(torch.device("cpu"))
 
     def _fill(self, device: torch.device) -> None:
@@ -187,6 +188,11 @@ class RankMap(nn.Module):
         self.register_buffer("expert", torch.tensor(of_rank, device=device, dtype=torch.long), persistent=False)
         self.register_buffer("scale", torch.tensor(scales, device=device), persistent=False)
         self.register_buffer("scale_of_expert", torch.tensor(self.scales, device=device), persistent=False)
+
+    @property
+    def is_even(self) -> bool:
+        """Whether all experts have the same rank and scale."""
+        return self._equal
 
     @property
     def total_rank(self) -> int:
@@ -208,6 +214,11 @@ class RankMap(nn.Module):
             # A plain repeat: its backward is a sum, deterministic where that of an index is not.
             return weights.repeat_interleave(self.ranks[0], dim=-1) * self.scales[0]
         return weights[..., self.expert] * self.rank_scale(weights)
+
+    def spread(self, weights: Tensor) -> tuple[float | Tensor, int]:
+        """How weights are spread: each expert's scale, a number or `[E]`, and the rank of all, 0 if they differ."""
+        scale = self.scales[0] if self._equal_scales else self._in_dtype(self.scale_of_expert, weights)
+        return scale, self.ranks[0] if self._equal_ranks else 0
 
     def rank_scale(self, weights: Tensor) -> Tensor:
         """Scale of each rank, `[R]`, in the precision of `weights`."""

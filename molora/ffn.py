@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from molora.decide import decide
+from molora.decide import Products, decide
 from molora.routing import Routing
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def _slots(routing: Routing, num_slots: int) -> tuple[Tensor, Tensor]:
 
 def _slots_of(layer: MoLoraLayer, name: str, x: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """Which ranks belong to each slot, scaled, `[..., K, R]`, and the weights of the slots, `[..., K]`."""
-    routing = decide(layer, name, x, hidden, None)
+    routing = decide(layer, name, x, Products(hidden), None)
     assert routing is not None
     spec, ranks = layer.molora_spec[name], layer.molora_ranks[name]
     fixed_number = spec.selection in ("top_k", "sparsemixer") and not routing.is_fixed

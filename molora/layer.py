@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from molora.bank import MoLoraLayer
 from molora.config import MoLoraConfig
-from molora.decide import decide
+from molora.decide import Products, decide
 from molora.errors import MergeError, MoloraError
 from molora.ffn import combine_slots, expand_slots
 from molora.kernels import split_factors
 from molora.layouts import ACTIVATIONS, LAYOUTS
+from molora.paths import fast_output
 from molora.plan import ModulePlan
 from molora.quantization import check_merge
 from molora.routing import Routing, route
@@ -56,7 +57,7 @@ class MoLoraModule(nn.Module, MoLoraLayer):
         plan: What of it concerns this module.
         in_features: Size of the module's input.
         out_features: Size of its output.
-        **kwargs: `group` and `pool` as in `update_layer`, `module_key`, and what PEFT knows of quantisation.
+        **kwargs: `group`, `pool` and `reads` as in `update_layer`, `module_key`, and what PEFT knows of quantisation.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class MoLoraModule(nn.Module, MoLoraLayer):
         **kwargs: Any,
     ) -> None:
         super().__init__()
-        options = {name: kwargs.pop(name, None) for name in ("group", "pool")}
+        options = {name: kwargs.pop(name, None) for name in ("group", "pool", "reads")}
         self.routing_name = self.module_key = kwargs.pop("module_key", "")
         self._init_containers(base_layer, in_features, out_features, **kwargs)
         self.fan_in_fan_out = config.fan_in_fan_out
@@ -87,7 +88,7 @@ class MoLoraModule(nn.Module, MoLoraLayer):
         """
         plan = self.molora_plan[adapter_name]
         hidden, dtype = self._down(adapter_name, x)
-        routing = decide(self, adapter_name, x, hidden, rows)
+        routing = decide(self, adapter_name, x, Products(hidden), rows)
         weights = None if routing is None else routing.weights
         gated_by = split_factors if plan.num_splits > 1 else LAYOUTS[plan.layout].gated
         activation = ACTIVATIONS[plan.activation] if plan.activation else None
@@ -99,8 +100,9 @@ class MoLoraModule(nn.Module, MoLoraLayer):
         """`A x`, and the dtype that B is multiplied in."""
         if not autocast_enabled(x):
             x = self._cast_input_dtype(x, self._dtype_of(adapter_name))
-        x = self.molora_dropout[adapter_name](x)
-        return self.hidden(adapter_name, x), x.dtype
+        dropout, drops_hidden = self.molora_dropout[adapter_name], self.molora_plan[adapter_name].drops_hidden
+        hidden = self.hidden(adapter_name, x if drops_hidden else dropout(x))
+        return dropout(hidden) if drops_hidden else hidden, x.dtype
 
     def _dtype_of(self, adapter_name: str) -> torch.dtype:
         for container in (self.molora_A, self.molora_frozen_A):
@@ -212,10 +214,15 @@ class MoLoraLinear(MoLoraModule):
         spanning = self._spanning_adapter(adapter_names)
         if spanning is not None:
             return self._forward_in_ffn(spanning, x, *args, **kwargs)
+        result = fast_output(self, x, adapter_names, args, kwargs)
+        if result is not None:
+            return result
         return self._add(self.base_layer(x, *args, **kwargs), x, adapter_names)
 
     def _spanning_adapter(self, adapter_names: list[str] | None) -> str | None:
         """The adapter whose experts span the feed-forward block that this linear is in, if there is one."""
+        if not any(group.spans_ffn for group in self.molora_group.values()):
+            return None
         names = [name for name, _ in self._applied(adapter_names)]
         spans = [name for name in names if name in self.molora_group and self.molora_group[name].spans_ffn]
         if not spans:

@@ -17,6 +17,7 @@ from molora.errors import MoloraError
 from molora.groups import RoutingGroup
 from molora.imported import LORAS
 from molora.plan import ModulePlan, plan_module
+from molora.siblings import SharedInput
 from molora.targets import text_config
 
 _INDEPENDENT_GATES = ("sigmoid", "relu", "relaxed_bernoulli", "identity")
@@ -180,13 +181,15 @@ def _rebuild(model: nn.Module, adapter_name: str, fields: dict[str, Any], order_
     start = copy.copy(new)
     start.init_weights = True  # new experts add nothing, however the first ones were drawn
     groups: dict[int, RoutingGroup] = {}
+    inputs: dict[int, SharedInput] = {}
     for layer in layers:
         plan = layer.molora_plan[adapter_name]
         grown = plan_module(new, layer.module_key, num_layers, kind=(plan.position, plan.of_kind))
         old, others = _Snapshot(layer, adapter_name), _parameters_of_others(layer, adapter_name)
         trained = [parameter.requires_grad for parameter in others]
         group = _successor(old.group, groups)
-        layer.update_layer(adapter_name, start, grown, group, inference_mode=config.inference_mode)
+        reads = inputs.setdefault(id(old.reads), SharedInput()) if old.reads is not None else None
+        layer.update_layer(adapter_name, start, grown, group, inference_mode=config.inference_mode, reads=reads)
         if old.before is not None:
             layer.molora_before[adapter_name] = old.before
         old.restore(layer, adapter_name, order_of(plan))
@@ -216,6 +219,7 @@ class _Snapshot:
     def __init__(self, layer: MoLoraLayer, name: str) -> None:
         self.plan: ModulePlan = layer.molora_plan[name]
         self.group = layer.molora_group.get(name)
+        self.reads = layer.molora_input.get(name)
         self.before = layer.molora_before.get(name)
         self.matrices = [matrix.detach().clone() for matrix in layer.matrices(name)]
         self.bias = _bank_bias(layer, name)

@@ -84,11 +84,14 @@ class MoLoraModel(BaseTuner):
         size_in, size_out = adapted_sizes(peft_config, base, current_key, place.hidden_size)
         group = place.group(current_key, size_out if plan.after else size_in)
         pool = place.pools.get(place.kind(current_key, target))
+        reads = place.input_of(current_key)
         if isinstance(target, MoLoraLayer):
-            target.update_layer(adapter_name, peft_config, plan, group, pool, peft_config.inference_mode)
+            target.update_layer(adapter_name, peft_config, plan, group, pool, peft_config.inference_mode, reads)
             layer = target
         else:
-            layer = self._new_layer(peft_config, adapter_name, target, plan, current_key, group=group, pool=pool)
+            layer = self._new_layer(
+                peft_config, adapter_name, target, plan, current_key, group=group, pool=pool, reads=reads
+            )
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -15,11 +17,37 @@ if TYPE_CHECKING:
     from molora.bank import MoLoraLayer
 
 
+def tell(layer: MoLoraLayer, name: str, x: Tensor, hidden: Tensor | None, routing: Routing) -> None:
+    """Hand a decision to the recorder, if one listens.
+
+    Args:
+        layer: The adapted module.
+        name: Name of the adapter.
+        x: What the module's router reads, `[..., in]`.
+        hidden: `A x`, as in `parts_of`.
+        routing: The decision.
+    """
+    if layer.routing_recorder is None:
+        return
+    plan, seen = layer.molora_plan[name], _flat(routing, x)
+    parts = partial(parts_of, layer, name, x, hidden, seen)
+    vectors = 1 if seen is routing else plan.num_splits
+    layer.routing_recorder.append(layer.routing_name, name, seen, plan.ranks, plan.spec.null_experts, parts, vectors)
+
+
+def _flat(routing: Routing, x: Tensor) -> Routing:
+    """A decision with several weight vectors per row or token has them in place of tokens."""
+    if routing.logits.ndim <= x.ndim:
+        return routing
+    parts = ("logits", "probabilities", "selected", "weights")
+    return replace(routing, **{part: getattr(routing, part).flatten(1, -2) for part in parts})
+
+
 def parts_of(
     layer: MoLoraLayer,
     name: str,
     x: Tensor,
-    hidden: Tensor,
+    hidden: Tensor | None,
     routing: Routing,
     needs: frozenset[str],
     mask: Tensor | None,
@@ -33,7 +61,7 @@ def parts_of(
         layer: The adapted module.
         name: Name of the adapter.
         x: What the module's router reads, `[..., in]`.
-        hidden: `A x`.
+        hidden: `A x`; `None` where nothing can need it.
         routing: The decision.
         needs: Names of `LayerParts`.
         mask: Which tokens are real; `None` for all.

@@ -14,6 +14,7 @@ from molora.config import MoLoraConfig
 from molora.errors import TargetModulesError
 from molora.experts import ShardPool
 from molora.groups import RoutingGroup
+from molora.siblings import SharedInput, input_of
 from molora.targets import is_linear
 
 
@@ -31,6 +32,7 @@ class Placement:
         self.num_layers = num_layers
         self.hidden_size = hidden_size
         self.groups: dict[Any, RoutingGroup] = {}
+        self.inputs: dict[Any, SharedInput] = {}
         self.pools: dict[Any, ShardPool] = {}
         self.kinds: dict[Any, list[str]] = defaultdict(list)
         self.previous: MoLoraLayer | None = None
@@ -93,6 +95,10 @@ class Placement:
         """Whether a module gets a plain LoRA beside the mixture of the feed-forward blocks."""
         return self.config.expert_scope == "ffn" and self.ffn_block(key) is None
 
+    def input_of(self, key: str) -> SharedInput:
+        """The modules that read the same input as a module."""
+        return self.inputs.setdefault(input_of(key), SharedInput())
+
     def group(self, key: str, feature_size: int) -> RoutingGroup | None:
         """The group a module routes with, or `None` if it routes alone.
 
@@ -113,6 +119,10 @@ class Placement:
         if config.expert_scope == "ffn":
             block = self.ffn_block(key)
             return self._group(("ffn", block), f"the feed-forward block {block}", True, feature_size, True)
+        if config.router_sharing == "input":
+            parent, *names = input_of(key)
+            name = ", ".join(f"{parent}.{name}" for name in names) or key
+            return self._group(("input", parent, *names), name, True, feature_size)
         if config.router_sharing == "block":
             block = key.rpartition(".")[0]
             return self._group(("block", block), f"the block {block}", True, feature_size)

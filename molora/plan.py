@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from molora.config import MoLoraConfig
-from molora.config_losses import view_dropout
+from molora.config_losses import reads_hidden, view_dropout
 from molora.experts import lora_scale
 from molora.imported import by_pattern, expert_at
 from molora.routing import RoutingSpec, reads
@@ -34,6 +34,8 @@ class ModulePlan:
         num_tasks: Tasks the router knows, if it reads them.
         position: Which of the adapted modules of its kind this is, counted from 0; for `layout="shards"`.
         of_kind: How many modules there are of its kind.
+        gives_hidden: Whether a routing loss reads `A x`.
+        drops_hidden: Dropout is on `A x`, not on the input.
         reads: What the weights depend on: `input`, `hidden`, `task`, `scores`, `state`; empty if they are fixed.
         per_sequence: Whether one decision holds for all tokens of a row.
     """
@@ -54,6 +56,8 @@ class ModulePlan:
     num_tasks: int = 1
     position: int = 0
     of_kind: int = 1
+    gives_hidden: bool = False
+    drops_hidden: bool = False
     reads: frozenset[str] = field(init=False)
     per_sequence: bool = field(init=False)
 
@@ -86,7 +90,8 @@ def plan_module(
     lora_alpha = by_pattern(config.alpha_pattern, key, config.lora_alpha)
     if plain:
         scale = lora_scale(lora_alpha, r, config.use_rslora)
-        return ModulePlan(r, (r,), (scale,), 1, 0, "none", "separate", routing_spec(config, 1))
+        spec, drops = routing_spec(config, 1), config.dropout_position == "hidden"
+        return ModulePlan(r, (r,), (scale,), 1, 0, "none", "separate", spec, drops_hidden=drops)
     num_experts = experts_at(config.num_experts, layer_of(key), num_layers)
     ranks, scales = _bank(config, key, r, lora_alpha, num_experts)
     frozen = sum(ranks[: config.frozen_experts])
@@ -108,6 +113,8 @@ def plan_module(
         num_tasks=config.num_tasks or 1,
         position=kind[0],
         of_kind=kind[1],
+        gives_hidden=reads_hidden(config),
+        drops_hidden=config.dropout_position == "hidden",
     )
 
 

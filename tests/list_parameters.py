@@ -153,6 +153,7 @@ def where(holders, layers, config):
     if config.expert_scope == "ffn":
         return "first of each FFN block"
     return {
+        "input": "first of each input",
         "model": "first of the model",
         "weights": "first of each input size",
     }[config.router_sharing]

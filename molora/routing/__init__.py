@@ -2,7 +2,16 @@
 
 from molora.routing.gates import GATES, SUMS_TO_ONE
 from molora.routing.parts import BalanceBias, Blend, ThresholdNet
-from molora.routing.route import NO_EXTRAS, Routing, RoutingExtras, RoutingSpec, fixed, route, second_view
+from molora.routing.route import (
+    NO_EXTRAS,
+    Recomputed,
+    Routing,
+    RoutingExtras,
+    RoutingSpec,
+    fixed,
+    route,
+    second_view,
+)
 from molora.routing.routers import ROUTER_INITS, ROUTERS, ROWS, Router, RouterInput, RouterSize, reads
 from molora.routing.selection import SELECTIONS, SELECTIONS_OF_FIELD
 from molora.routing.weights import WEIGHTS
@@ -19,6 +28,7 @@ __all__ = [
     "WEIGHTS",
     "BalanceBias",
     "Blend",
+    "Recomputed",
     "Router",
     "RouterInput",
     "RouterSize",

@@ -23,8 +23,11 @@ class ThresholdNet(nn.Module):
         self.weight = parameter(1, in_features)
         self.bias = parameter(1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map `[..., in]` to threshold logits `[..., 1]`."""
+    def forward(self, x: Tensor | None, product: Tensor | None = None) -> Tensor:
+        """Map `[..., in]` to threshold logits `[..., 1]`; with `x Wᵀ` given, `product`, only the bias is added."""
+        if product is not None:
+            return product + self.bias
+        assert x is not None
         return linear(x, self.weight, self.bias)
 
     def reset_parameters(self) -> None:

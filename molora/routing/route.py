@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -87,6 +88,43 @@ class Routing:
             name: value[index] for name, value in vars(self).items() if isinstance(value, Tensor) and value.ndim > 1
         }
         return replace(self, **tensors)
+
+
+class Recomputed(Routing):
+    """A decision that a kernel made, which keeps logits and weights only: the rest is computed when asked for.
+
+    Asked for after the forward pass, so that layers which are computed again save the same tensors as the first time.
+
+    Args:
+        logits: `[..., E]`.
+        weights: Likewise; not zero exactly where an expert was selected.
+        spec: The routing choices.
+        threshold_logit: `[..., 1]`, if the selection has a learned level.
+    """
+
+    spec: RoutingSpec
+    given: Tensor | None
+
+    def __init__(
+        self, logits: Tensor, weights: Tensor, spec: RoutingSpec, threshold_logit: Tensor | None = None
+    ) -> None:
+        for name, value in (("logits", logits), ("weights", weights), ("spec", spec), ("given", threshold_logit)):
+            object.__setattr__(self, name, value)
+
+    @functools.cached_property
+    def probabilities(self) -> Tensor:
+        """`[..., E]`, the gate's output."""
+        return GATES[self.spec.gate](self.logits, self.spec.temperature, False)
+
+    @functools.cached_property
+    def selected(self) -> Tensor:
+        """Boolean `[..., E]`."""
+        return self.weights.detach() != 0
+
+    @functools.cached_property
+    def threshold(self) -> Tensor | None:
+        """`[..., 1]`, the learned level per token, if there is one."""
+        return None if self.given is None else adaptive_level(self.given, self.spec.max_threshold)
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ class RouterInput:
         task_ids: `[B]`, shaped to broadcast against the tokens.
         scores: External scores, `[..., E]`.
         state: State handed from layer to layer, `[..., h]`; `None` in the first.
+        product: `x Wᵀ`, `[..., E]`, where it was computed together with `A x`; only for routers that take it.
     """
 
     x: Tensor | None = None
@@ -54,6 +55,7 @@ class RouterInput:
     task_ids: Tensor | None = None
     scores: Tensor | None = None
     state: Tensor | None = None
+    product: Tensor | None = None
 
 
 ROWS = RouterInput()
@@ -67,11 +69,13 @@ class Router(nn.Module):
         reads: What a decision depends on: `input`, `hidden`, `task`, `scores` or `nothing`. Several are joined by "+".
         default_dim: `router_dim` if the config leaves it out; `None` for routers without inner space.
         has_rows: Whether `weight` holds one vector for each expert, which the features are compared with.
+        takes_product: Whether `weight` is all that the features are multiplied with, so that others may do it.
     """
 
     reads: ClassVar[str] = "input"
     default_dim: ClassVar[int | None] = None
     has_rows: ClassVar[bool] = False
+    takes_product: ClassVar[bool] = False
     weight: Tensor
 
     def forward(self, given: RouterInput) -> Any:

@@ -22,6 +22,7 @@ class LinearRouter(Router):
     """One logit per expert, `logits = x Wᵀ (+ b)`."""
 
     has_rows: ClassVar[bool] = True
+    takes_product: ClassVar[bool] = True
 
     def __init__(self, size: RouterSize) -> None:
         super().__init__()
@@ -30,6 +31,8 @@ class LinearRouter(Router):
 
     def logits(self, given: RouterInput) -> Tensor:
         """Map `[..., in]` to `[..., E]`."""
+        if given.product is not None:
+            return given.product if self.bias is None else given.product + self.bias
         return linear(_features(given), self.weight, self.bias)
 
     def reset_parameters(self, init: str, init_range: float) -> None:
@@ -52,6 +55,8 @@ class PrototypeRouter(LinearRouter):
 
     `logits_e = LN(x) · LN(v_e) / √in`, LN without scale and shift.
     """
+
+    takes_product: ClassVar[bool] = False
 
     def logits(self, given: RouterInput) -> Tensor:
         """Map `[..., in]` to `[..., E]`."""

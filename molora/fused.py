@@ -1,0 +1,85 @@
+"""An adapted linear by the fused operation: routing, both products and the sum in a handful of kernels, on GPUs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from molora.held import plain_linear
+from molora.kernels.fused import Mixture, mixture
+from molora.observe import tell
+from molora.routing import Recomputed
+from molora.routing.precision import autocast_enabled, full_precision
+from molora.standard import drops, standard_of
+
+
+def add_fused(layer: Any, name: str, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The output of an adapted linear, `[..., in]` to `[..., out]`; `None` where there is no kernel for it.
+
+    Args:
+        layer: The linear.
+        name: Name of the one adapter.
+        x: Its input.
+        args: Further arguments of the frozen linear.
+        kwargs: Likewise.
+    """
+    if layer.molora_plan[name].gives_hidden:
+        return None
+    parts = standard_of(layer, name)
+    if parts is None or parts.follows or drops(layer, name):
+        return None
+    base: Any = layer.base_layer
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if autocast_enabled(x) else parts.up.dtype
+    fuse = not args and not kwargs and plain_linear(base) and base.weight.dtype == dtype
+    flat = x.to(dtype).reshape(-1, x.shape[-1])
+    if fuse:
+        with torch.no_grad(), full_precision(x):
+            y = F.linear(flat, base.weight, base.bias)
+    else:
+        y = base(x, *args, **kwargs)
+        if y.dtype != dtype:
+            return None
+        y = y.reshape(-1, y.shape[-1]).clone()  # it may belong to somebody, as a quantised linear's
+    router, threshold = parts.router, parts.threshold
+    result = mixture(
+        flat,
+        y,
+        parts.down.to(dtype),
+        _exact(router.weight, dtype),
+        parts.up.to(dtype),
+        router.bias,
+        None if threshold is None else _exact(threshold.weight, dtype),
+        None if threshold is None else threshold.bias,
+        None if parts.bias is None else parts.bias(),
+        scale=parts.scale,
+        choices=parts.choices,
+        base_weight=base.weight if fuse else None,
+        backend="triton",
+    )
+    _hand_on(layer, name, x, result)
+    return result.y.view(*x.shape[:-1], -1)
+
+
+def _exact(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows of a router in a dtype that the kernels take."""
+    return rows if rows.dtype in (dtype, torch.float32) else rows.float()
+
+
+def _hand_on(layer: Any, name: str, x: Tensor, result: Mixture) -> None:
+    """Give the decision to who routes with this module, and to who listens."""
+    group = layer.molora_group.get(name)
+    shared = group is not None and group.decides_once
+    if not shared and layer.routing_recorder is None:
+        return
+    lead = x.shape[:-1]
+    logits, weights = (part.view(*lead, -1) for part in (result.logits, result.weights))
+    level = result.threshold_logit.view(*lead, 1) if result.threshold_logit.numel() else None
+    routing = Recomputed(logits, weights, layer.molora_spec[name], level)
+    if shared:
+        call = None if layer.routing_scope is None else layer.routing_scope.current()
+        group.put(name, call, routing)
+    tell(layer, name, x, None, routing)

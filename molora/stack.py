@@ -1,0 +1,196 @@
+"""The fast path of an adapted linear: what is stacked for one read of the input, and the sum of its parts.
+
+Whatever cannot be stacked goes the way of `MoLoraModule.delta`, which needs nothing but modules that can be called.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from molora.decide import Products, decide
+from molora.experts import RankMap
+from molora.held import at_hand, held, plain_linear, weights_at_hand
+from molora.kernels.stacked import NOT_SPREAD, GatedUp, Spread, Stack, StackedDown
+from molora.layouts import ACTIVATIONS, LAYOUTS
+from molora.routing.parts import ThresholdNet
+from molora.routing.precision import autocast_enabled
+
+DOWN, UP = ("molora_frozen_A", "molora_A"), ("molora_frozen_B", "molora_B")
+"""Containers of A and of B, the frozen experts first."""
+
+
+class Matrices(NamedTuple):
+    """What one module multiplies its input with.
+
+    Attributes:
+        down: A, in one or two parts, the frozen experts first.
+        router: Rows of the router, if others may multiply them.
+        threshold: Row of the threshold net, likewise.
+    """
+
+    down: list[Tensor]
+    router: Tensor | None
+    threshold: Tensor | None
+
+
+def only_adapter(layer: Any) -> str | None:
+    """The one adapter that applies to a module, or `None` if there are more or none, or it is merged or off."""
+    if layer._disable_adapters or layer.merged_adapters:
+        return None
+    applied = [name for name in layer.active_adapters if name in layer.molora_plan]
+    return applied[0] if len(applied) == 1 else None
+
+
+def can_stack(layer: Any, name: str) -> bool:
+    """Whether the fast path can do what an adapter adds to a module."""
+    plan = layer.molora_plan[name]
+    if plan.num_splits > 1 or plan.layout == "shards" or plan.after:
+        return False
+    return weights_at_hand(layer, (*DOWN, *UP), name) is not None
+
+
+def matrices_of(layer: Any, name: str) -> Matrices:
+    """Everything a module multiplies its input with that can be multiplied at once."""
+    down = weights_at_hand(layer, DOWN, name) or []
+    plan, spec = layer.molora_plan[name], layer.molora_spec[name]
+    raw = plan.level == "token" and plan.router_input == "module" and spec.view_dropout is None
+    if not raw or (spec.router_jitter and layer.training) or plan.router == "none":
+        return Matrices(down, None, None)
+    group = layer.molora_group.get(name)
+    if group is not None and group.decides_once and group.leader is not layer:
+        return Matrices(down, None, None)
+    router, threshold = layer.router_of(name), None
+    net = held(layer, "molora_threshold", name)
+    if type(net) is ThresholdNet and at_hand(net):
+        threshold = net.weight
+    rows = router.weight if router.takes_product and at_hand(router) else None
+    return Matrices(down, rows, threshold)
+
+
+def add_stacked(layer: Any, name: str, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The output of an adapted linear, `[..., in]` to `[..., out]`.
+
+    Args:
+        layer: The linear.
+        name: Name of the one adapter.
+        x: Its input.
+        args: Further arguments of the frozen linear.
+        kwargs: Likewise.
+    """
+    base = layer.base_layer
+    fuse = not args and not kwargs and plain_linear(base) and _joins(base, x)
+    products, y = _products(layer, name, x, base if fuse else None)
+    if y is None:
+        y = base(x, *args, **kwargs)
+    hidden = products.hidden
+    bias = _bias(layer, name)
+    if bias is not None:
+        hidden = hidden + bias.to(hidden.dtype)
+        products = products._replace(hidden=hidden)
+    if layer.molora_plan[name].drops_hidden:
+        hidden = layer.molora_dropout[name](hidden)
+        products = products._replace(hidden=hidden)
+    routing = decide(layer, name, x, products, None)
+    return _add_gated(layer, name, y, hidden, None if routing is None else routing.weights, fuse)
+
+
+def _add_gated(layer: Any, name: str, y: Tensor, hidden: Tensor, weights: Tensor | None, in_place: bool) -> Tensor:
+    plan, ranks = layer.molora_plan[name], layer.molora_ranks[name]
+    if plan.layout != "separate" or plan.activation or weights is None:
+        activation = ACTIVATIONS[plan.activation] if plan.activation else None
+        hidden = LAYOUTS[plan.layout].gated(hidden, weights, ranks, activation).to(hidden.dtype)
+        weights = None
+    ups = weights_at_hand(layer, UP, name) or []
+    up = ups[0] if len(ups) == 1 else torch.cat(ups, dim=1)
+    spread = NOT_SPREAD if weights is None else _spread(ranks, weights)
+    return GatedUp.apply(y, hidden, weights, up, spread, in_place and y.is_contiguous())
+
+
+def _spread(ranks: RankMap, weights: Tensor) -> Spread:
+    scales, rank = ranks.spread(weights)
+    return Spread(scales, rank, ranks.expert)
+
+
+def _bias(layer: Any, name: str) -> Tensor | None:
+    banks = [bank for container in DOWN if (bank := held(layer, container, name)) is not None]
+    biases = [bank.bias for bank in banks if bank.bias is not None]
+    return None if not biases else torch.cat(biases)
+
+
+def _joins(base: nn.Module, x: Tensor) -> bool:
+    """Whether the frozen linear would compute in the dtype of its weight."""
+    dtype = base.weight.dtype
+    if base.weight.device != x.device or _has_any_global_hook():
+        return False
+    return torch.get_autocast_dtype(x.device.type) == dtype if autocast_enabled(x) else x.dtype == dtype
+
+
+def _dtype(layer: Any, name: str, x: Tensor) -> torch.dtype:
+    """In which A and B are multiplied."""
+    if autocast_enabled(x):
+        return torch.get_autocast_dtype(x.device.type)
+    return layer._dtype_of(name) if layer.cast_input_dtype_enabled else x.dtype
+
+
+def _products(layer: Any, name: str, x: Tensor, base: nn.Module | None) -> tuple[Products, Tensor | None]:
+    """Products of `x`, computed here or before by a sibling, and the frozen linear's output if it was computed."""
+    if _drops(layer, name):
+        dropped, dtype = layer.molora_dropout[name](x), _dtype(layer, name, x)
+        down = matrices_of(layer, name).down
+        _, *hidden = StackedDown.apply(dropped, None, None, Stack(dtype, len(down)), *down)
+        return Products(_side_by_side(hidden)), None
+    shared = layer.molora_input.get(name)
+    taken = None if shared is None else shared.take(layer, x)
+    if taken is not None:
+        return taken, None
+    dtype = _dtype(layer, name, x)
+    readers = [layer] if shared is None else _readers(layer, name, shared.members, dtype, x)
+    sets = [matrices_of(reader, name) for reader in readers]
+    downs = [matrix for matrices in sets for matrix in matrices.down]
+    others = [m for matrices in sets for m in (matrices.router, matrices.threshold) if m is not None]
+    weight, bias = (None, None) if base is None else (base.weight, base.bias)
+    y, *parts = StackedDown.apply(x, weight, bias, Stack(dtype, len(downs)), *downs, *others)
+    products = _sorted_out(sets, iter(parts[: len(downs)]), iter(parts[len(downs) :]))
+    if shared is not None and len(readers) > 1:
+        shared.put(x, {id(reader): part for reader, part in zip(readers[1:], products[1:], strict=True)})
+    return products[0], y
+
+
+def _readers(layer: Any, name: str, members: list[Any], dtype: torch.dtype, x: Tensor) -> list[Any]:
+    """The module itself, and those of its siblings that will run after it and multiply in the same way."""
+    if not any(member is layer for member in members):
+        return [layer]  # a replica of the module that the list is about
+    later = members[next(place for place, member in enumerate(members) if member is layer) + 1 :]
+    return [
+        layer,
+        *(
+            m
+            for m in later
+            if only_adapter(m) == name and can_stack(m, name) and _dtype(m, name, x) == dtype and not _drops(m, name)
+        ),
+    ]
+
+
+def _drops(layer: Any, name: str) -> bool:
+    """Whether A reads another input than the router: one of its own, with parts dropped."""
+    dropout = layer.molora_dropout[name]
+    return dropout.training and not isinstance(dropout, nn.Identity) and not layer.molora_plan[name].drops_hidden
+
+
+def _sorted_out(sets: list[Matrices], downs: Any, others: Any) -> list[Products]:
+    """Give each module its products back, in the order in which they were stacked."""
+    found = []
+    for matrices in sets:
+        hidden = _side_by_side([next(downs) for _ in matrices.down])
+        router = None if matrices.router is None else next(others)
+        threshold = None if matrices.threshold is None else next(others)
+        found.append(Products(hidden, router, threshold))
+    return found
+
+
+def _side_by_side(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
