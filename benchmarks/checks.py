@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.methods import Built, Method, Sizes, build
-
-KERNELS = "MOLORA_KERNELS"
-"""Environment variable that says which implementation molora takes, `auto` or `reference`; read at every call."""
+from molora.kernels import dispatch
 
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 """Largest relative error in the norm of a whole tensor. Rounding is far below, and it leaves room for a handful of
@@ -24,24 +21,9 @@ class WrongResultError(Exception):
     """What was to be timed does not compute what it should."""
 
 
-@contextmanager
-def kernels(backend: str | None) -> Iterator[None]:
+def kernels(backend: str | None) -> AbstractContextManager[None]:
     """Use an implementation inside the block; `None` leaves the choice as it is."""
-    before = os.environ.get(KERNELS)
-    if backend is not None:
-        os.environ[KERNELS] = backend
-    try:
-        yield
-    finally:
-        if backend is not None:
-            os.environ.pop(KERNELS)
-        if before is not None:
-            os.environ[KERNELS] = before
-
-
-def chosen_kernels() -> str:
-    """What the environment asks for now."""
-    return os.environ.get(KERNELS, "auto")
+    return nullcontext() if backend is None else dispatch.using(backend)
 
 
 def outcome(built: Built, ids: Tensor, backward: bool) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from benchmarks import checks, report
 from benchmarks.harness import Measure, Pairs, Spread, clock_for, compare, noise_of, spread, verdict
 from benchmarks.methods import Built, Method, Sizes, available, build, own_methods, reference_of
 from benchmarks.peers import peer_methods
+from molora.kernels import dispatch
 
 Clock = Callable[[], float]
 Maker = Callable[[Built, Clock], Measure]
@@ -193,7 +194,7 @@ def compare_methods(
         {
             "shapes": shapes,
             "clock": clock_name,
-            "kernels": checks.chosen_kernels(),
+            "kernels": dispatch.backend(),
             "reference": reference,
             "noise": noise,
             "checked": errors,

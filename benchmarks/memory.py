@@ -26,6 +26,7 @@ from benchmarks import checks, report
 from benchmarks.allocations import Saved, peak_bytes
 from benchmarks.command import methods_of, parser, sizes_of
 from benchmarks.methods import Built, Method, OneLinear, Sizes, build
+from molora.kernels import dispatch
 
 
 def of_layer(method: Method, sizes: Sizes, width: int, tokens: int) -> dict[str, float]:
@@ -100,7 +101,7 @@ def main(given: Sequence[str] | None = None) -> int:
         print(f"left out: {name}: {' '.join(why.split())}")
     content = {
         "shapes": shapes,
-        "kernels": checks.chosen_kernels(),
+        "kernels": dispatch.backend(),
         "reference": methods[0].name,
         "checked": errors,
         "rows": [{"part": title} | row for title, rows in counted.items() for row in rows],

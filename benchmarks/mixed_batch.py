@@ -23,6 +23,7 @@ from benchmarks import checks, report
 from benchmarks.command import SAME, Row, asked, columns_of, noise_in, parser, sizes_of
 from benchmarks.harness import Measure, clock_for, compare, spread, timed
 from benchmarks.methods import Sizes, available, base_model, lora_config, molora_config, own_methods
+from molora.kernels import dispatch
 
 Config = Any
 
@@ -104,7 +105,7 @@ def main(given: Sequence[str] | None = None) -> int:
     content: dict[str, Any] = {
         "shapes": shapes,
         "clock": clock_name,
-        "kernels": checks.chosen_kernels(),
+        "kernels": dispatch.backend(),
         "checked": checked,
     }
     content |= {"reference": f"{first}, one adapter", "rows": rows, "missing": missing}

@@ -1,8 +1,7 @@
 """A handful of tokens without gradients, as in decoding: what counts is how little is done besides the products.
 
-Stacking matrices would copy more than one read of the input saves, so each is multiplied as it is. A single token of a
-bank with many ranks reads the matrices of its own experts only, gathered by an index whose shape does not depend on
-the data, so nothing waits for a device.
+Stacking matrices would copy more than one read of the input saves, so each is multiplied as it is. A single token on a
+CPU, where asking for a number waits for nothing, reads the matrices of the experts it chose and no others.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from molora.kernels.choices import Choices
-from molora.kernels.dispatch import FEW_TOKENS, MANY_RANKS
+from molora.kernels.dispatch import FEW_EXPERTS, FEW_TOKENS, SPARED_RANKS
 from molora.kernels.mixture import mixing_weights
 from molora.routing import fixed
 from molora.routing.precision import autocast_enabled, promote
@@ -41,18 +40,48 @@ def add_few(layer: Any, name: str, x: Tensor, args: tuple[Any, ...], kwargs: dic
     down, up = parts.down, parts.up
     if down.dtype != up.dtype:
         return None
-    flat = x.reshape(-1, x.shape[-1])
-    weights = _weights(layer, name, flat, parts, x.shape[:-1])
     y = layer._modules["base_layer"](x, *args, **kwargs)
-    flat, out = flat.to(up.dtype), y.reshape(-1, y.shape[-1])
-    if len(out) == 1 and parts.choices.selection == "top_k" and len(down) >= MANY_RANKS:
-        gated, up = of_own_experts(flat, down, up, weights, parts.choices.top_k)
-    else:
-        hidden = F.linear(flat, down).unflatten(-1, (weights.shape[-1], -1))
-        gated = (hidden * weights.unsqueeze(-1)).to(hidden.dtype).flatten(-2)
+    if x.numel() == layer.in_features and y.dtype == x.dtype == up.dtype and _reads_few(layer, name, parts, x):
+        return _of_own_experts(y.reshape(-1), x.reshape(-1), parts).view(y.shape)
+    flat, out = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+    weights = _weights(layer, name, flat, parts, x.shape[:-1])
+    hidden = F.linear(flat.to(up.dtype), down).unflatten(-1, (weights.shape[-1], -1))
+    gated = (hidden * weights.unsqueeze(-1)).to(hidden.dtype).flatten(-2)
     if out.dtype == gated.dtype:
         return torch.addmm(out, gated, up.T, alpha=parts.scale).view(y.shape)
     return (out + F.linear(gated, up) * parts.scale).to(y.dtype).view(y.shape)
+
+
+def _reads_few(layer: Any, name: str, parts: Standard, x: Tensor) -> bool:
+    """Whether one token's own experts are so few that reading nothing of the others is worth its steps."""
+    choices = parts.choices
+    if choices.selection != "top_k" or choices.top_k > FEW_EXPERTS or x.device.type != "cpu":
+        return False
+    simple = choices.gate == "softmax" and choices.renormalize and not choices.minus_threshold
+    experts, ranks = parts.router.weight.shape[0], parts.down.shape[0]
+    spared = ranks - choices.top_k * (ranks // experts)
+    return simple and spared >= SPARED_RANKS and parts.bias is None and name not in layer.molora_group
+
+
+def _of_own_experts(y: Tensor, x: Tensor, parts: Standard) -> Tensor:
+    """`y + B (g ⊙ A x)` for one token of a CPU, `[out]` and `[in]`, reading the matrices of the experts it chooses."""
+    down, up, router = parts.down, parts.up, parts.router
+    wide, rows, bias = promote(x), router.weight, router.bias
+    logits = torch.mv(rows.to(wide.dtype), wide)
+    weights, experts = _top_k(logits if bias is None else logits + bias, parts.choices)
+    rank = down.shape[0] // rows.shape[0]
+    for expert, weight in zip(experts.tolist(), weights.tolist(), strict=True):
+        first = expert * rank
+        hidden = torch.mv(down[first : first + rank], x)
+        y = torch.addmv(y, up[:, first : first + rank], hidden, alpha=weight * parts.scale)
+    return y
+
+
+def _top_k(logits: Tensor, choices: Choices) -> tuple[Tensor, Tensor]:
+    """Weights and numbers of the chosen experts, `[..., K]`, where they are renormalised softmax probabilities."""
+    # Dividing the chosen probabilities by their sum is the softmax over the chosen logits.
+    values, experts = logits.topk(choices.top_k)
+    return torch.softmax(values if choices.temperature == 1 else values / choices.temperature, dim=-1), experts
 
 
 def _weights(layer: Any, name: str, x: Tensor, parts: Standard, lead: torch.Size) -> Tensor:
@@ -61,35 +90,14 @@ def _weights(layer: Any, name: str, x: Tensor, parts: Standard, lead: torch.Size
     call = None if layer.routing_scope is None else layer.routing_scope.current()
     if parts.follows:
         return group.take(name, call).weights.flatten(0, -2)
-    x, router = promote(x), parts.router
-    bias = None if router.bias is None else router.bias.to(x.dtype)
-    logits = F.linear(x, router.weight.to(x.dtype), bias)
+    x = promote(x)
+    bias = None if parts.router.bias is None else parts.router.bias.to(x.dtype)
+    logits = F.linear(x, parts.router.weight.to(x.dtype), bias)
     threshold = None if parts.threshold is None else parts.threshold(x)
     weights = weights_of_few(logits, threshold, None if parts.bias is None else parts.bias(), parts.choices)
     if group is not None and group.decides_once:
         group.put(name, call, fixed(weights.view(*lead, -1), per_sequence=False))
     return weights
-
-
-def of_own_experts(x: Tensor, down: Tensor, up: Tensor, weights: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """The gated hidden of one token, and what of B it is multiplied with, reading no other expert's matrices.
-
-    Args:
-        x: `[1, in]`.
-        down: A, `[R, in]`.
-        up: B, `[out, R]`.
-        weights: `[1, E]`, zero for all but `top_k` experts at most.
-        top_k: K.
-
-    Returns:
-        `[1, K·r]` and `[out, K·r]`.
-    """
-    rank = len(down) // weights.shape[1]
-    chosen, experts = weights[0].topk(top_k)
-    ranks = (experts.unsqueeze(-1) * rank + torch.arange(rank, device=x.device)).flatten()
-    hidden = F.linear(x, down.index_select(0, ranks)).view(top_k, rank)
-    gated = (hidden * chosen.unsqueeze(-1)).to(hidden.dtype).view(1, -1)
-    return gated, up.index_select(1, ranks)
 
 
 def weights_of_few(logits: Tensor, threshold_logit: Tensor | None, bias: Tensor | None, choices: Choices) -> Tensor:
@@ -103,11 +111,8 @@ def weights_of_few(logits: Tensor, threshold_logit: Tensor | None, bias: Tensor 
     """
     if bias is None and choices.gate == "softmax" and choices.renormalize:
         if choices.selection == "top_k" and not choices.minus_threshold:
-            # Dividing the chosen probabilities by their sum is the softmax over the chosen logits.
-            values, experts = logits.topk(choices.top_k)
-            if choices.temperature != 1:
-                values = values / choices.temperature
-            return torch.zeros_like(logits).scatter_(1, experts, torch.softmax(values, dim=-1))
+            weights, experts = _top_k(logits, choices)
+            return torch.zeros_like(logits).scatter_(1, experts, weights)
         if threshold_logit is not None and choices.minus_threshold and choices.temperature == 1:
             level = torch.sigmoid(threshold_logit).mul_(choices.max_threshold)
             kept = torch.softmax(logits, dim=-1).sub_(level).relu_()

@@ -8,20 +8,20 @@ from torch import Tensor, nn
 
 from molora.experts import BankWeight
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
 
 def at_hand(module: nn.Module) -> bool:
     """Whether a module's parameters can be read as they are, and nobody waits for the module to be called.
 
     Not so under FSDP's or DeepSpeed's sharding of the module itself, with weights on another device, or with hooks.
     """
-    held = vars(module)
-    return (
-        not any(held[hooks] for hooks in _HOOKS)
-        and "forward" not in held
-        and all(type(p) is nn.Parameter for p in held["_parameters"].values() if p is not None)
-    )
+    held = module.__dict__
+    if held["_forward_hooks"] or held["_forward_pre_hooks"] or held["_backward_hooks"] or held["_backward_pre_hooks"]:
+        return False
+    # Loops written out, here and below: decoding comes by for every linear and token.
+    for parameter in held["_parameters"].values():
+        if type(parameter) is not nn.Parameter and parameter is not None:
+            return False
+    return "forward" not in held
 
 
 def held(layer: nn.Module, container: str, name: str) -> Any:

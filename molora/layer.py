@@ -111,7 +111,7 @@ class MoLoraModule(nn.Module, MoLoraLayer):
         raise KeyError(adapter_name)
 
     def _is_off(self) -> bool:
-        return self.disable_adapters or (self.routing_scope is not None and self.routing_scope.silent)
+        return self._disable_adapters or (self.routing_scope is not None and self.routing_scope.silent)
 
     def _applied(self, adapter_names: list[str] | None) -> list[tuple[str, list[int] | None]]:
         """The adapters that apply, each with the rows of the batch it applies to, `None` for all."""
@@ -204,16 +204,16 @@ class MoLoraLinear(MoLoraModule):
             adapter_names: For each row of the batch the adapter to use, or `"__base__"` for none.
             **kwargs: Passed to the base layer.
         """
-        self._check_forward_args(x, adapter_names)
-        if self._is_off():
-            if self.merged:
+        if adapter_names is not None:
+            self._check_forward_args(x, adapter_names)
+        if self.merged_adapters or self._is_off():
+            if self.merged_adapters and self._is_off():
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
-        if self.merged:
-            return self.base_layer(x, *args, **kwargs)
-        spanning = self._spanning_adapter(adapter_names)
-        if spanning is not None:
-            return self._forward_in_ffn(spanning, x, *args, **kwargs)
+        if self.molora_group:
+            spanning = self._spanning_adapter(adapter_names)
+            if spanning is not None:
+                return self._forward_in_ffn(spanning, x, *args, **kwargs)
         result = fast_output(self, x, adapter_names, args, kwargs)
         if result is not None:
             return result
@@ -221,8 +221,6 @@ class MoLoraLinear(MoLoraModule):
 
     def _spanning_adapter(self, adapter_names: list[str] | None) -> str | None:
         """The adapter whose experts span the feed-forward block that this linear is in, if there is one."""
-        if not any(group.spans_ffn for group in self.molora_group.values()):
-            return None
         names = [name for name, _ in self._applied(adapter_names)]
         spans = [name for name in names if name in self.molora_group and self.molora_group[name].spans_ffn]
         if not spans:

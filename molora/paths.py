@@ -46,7 +46,7 @@ def fast_output(
         base = layer.base_layer
         return None if compiling else add_rows(layer, x, adapter_names, lambda x: base(x, *args, **kwargs), kernels)
     name = only_adapter(layer)
-    if name is None or not can_stack(layer, name):
+    if name is None:
         return None
     result = add_fused(layer, name, x, args, kwargs) if by_triton else None
     if compiling:
@@ -56,7 +56,7 @@ def fast_output(
         return result
     if not torch.is_grad_enabled():
         result = add_few(layer, name, x, args, kwargs)
-        if result is not None:
-            return result
+    if result is not None or not can_stack(layer, name):
+        return result
     say("torch", reason(kernels, x.device.type))
     return add_stacked(layer, name, x, args, kwargs)

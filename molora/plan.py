@@ -36,6 +36,7 @@ class ModulePlan:
         of_kind: How many modules there are of its kind.
         gives_hidden: Whether a routing loss reads `A x`.
         drops_hidden: Dropout is on `A x`, not on the input.
+        is_common: Whether it is the common case that kernels are written for, see `molora.standard`.
         reads: What the weights depend on: `input`, `hidden`, `task`, `scores`, `state`; empty if they are fixed.
         per_sequence: Whether one decision holds for all tokens of a row.
     """
@@ -58,6 +59,7 @@ class ModulePlan:
     of_kind: int = 1
     gives_hidden: bool = False
     drops_hidden: bool = False
+    is_common: bool = field(init=False)
     reads: frozenset[str] = field(init=False)
     per_sequence: bool = field(init=False)
 
@@ -66,6 +68,10 @@ class ModulePlan:
         reads = _reads(self.router, self.spec)
         by_row = self.level == "sequence" or not reads & {"input", "hidden", "state"}
         object.__setattr__(self, "reads", reads)
+        plain = self.layout == "separate" and self.activation is None and self.num_splits == 1 and not self.frozen_rank
+        by_token = self.router == "linear" and self.level == "token" and self.router_input == "module"
+        even = len(set(self.ranks)) == 1 and len(set(self.scales)) == 1
+        object.__setattr__(self, "is_common", plain and by_token and even and not self.after)
         object.__setattr__(self, "per_sequence", self.router != "none" and by_row)
 
     @property

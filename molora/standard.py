@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from molora.experts import BankWeight
 from molora.held import at_hand, held
 from molora.kernels.choices import GATES, SELECTIONS, Choices
 from molora.routing import BalanceBias, RoutingSpec, ThresholdNet
@@ -81,30 +82,35 @@ def standard_of(layer: Any, name: str) -> Standard | None:
         layer: The adapted module.
         name: Name of the adapter.
     """
-    plan, ranks, choices = layer.molora_plan[name], held(layer, "molora_ranks", name), None
-    if plan.layout == "separate" and plan.activation is None and plan.num_splits == 1 and ranks.is_even:
-        # A graph is made once, and its maker does not look into caches.
-        known = choices_of.__wrapped__ if torch.compiler.is_compiling() else choices_of
-        choices = known(layer.molora_spec[name], layer.training)
-    if choices is None or plan.level != "token" or plan.router_input != "module" or plan.frozen_rank or plan.after:
+    plan = layer.molora_plan[name]
+    if not plan.is_common:
+        return None
+    # A graph is made once, and its maker does not look into caches.
+    known = choices_of.__wrapped__ if torch.compiler.is_compiling() else choices_of
+    choices = known(layer.molora_spec[name], layer.training)
+    if choices is None:
         return None
     call = None if layer.routing_scope is None else layer.routing_scope.current()
     if call is not None and (call.inputs.expert_weights is not None or call.inputs.expert_mask is not None):
         return None
     group = layer.molora_group.get(name)
     router = held(layer if group is None else group.leader, "molora_router", name)
-    down, up, threshold = (held(layer, part, name) for part in ("molora_A", "molora_B", "molora_threshold"))
-    if type(router) is not LinearRouter or down is None or up is None or down.bias is not None:
+    down, up, threshold = held(layer, "molora_A", name), held(layer, "molora_B", name), None
+    if type(router) is not LinearRouter or type(down) is not BankWeight or type(up) is not BankWeight:
         return None
-    if not all(at_hand(module) for module in (router, down, up, threshold) if module is not None):
+    if choices.adaptive:
+        threshold = held(layer, "molora_threshold", name)
+        if threshold is not None and not at_hand(threshold):
+            return None
+    if not (at_hand(router) and at_hand(down) and at_hand(up)) or down.bias is not None:
         return None
     return Standard(
         choices,
-        down._parameters["weight"],
-        up._parameters["weight"],
+        down.weight,
+        up.weight,
         router,
         threshold,
         held(layer, "molora_bias", name),
-        ranks.scales[0],
+        plan.scales[0],
         group is not None and group.decides_once and group.leader is not layer,
     )

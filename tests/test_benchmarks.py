@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import nn
 sys.path.append(str(Path(__file__).parent.parent))  # `benchmarks` is a folder of the repository, not of the package
 
 from benchmarks import allocations, checks, command, harness, loops, methods, peers, report
+from molora.kernels import dispatch
 
 SIZES = methods.Sizes(hidden=16, intermediate=24, vocab=32, layers=1, heads=2, experts=4, rank=2)
 TINY = [
@@ -30,7 +30,7 @@ IDS = torch.arange(1, 9).reshape(1, 8)
 
 @pytest.fixture(autouse=True)
 def _same_threads(monkeypatch):
-    monkeypatch.setenv(checks.KERNELS, "auto")
+    monkeypatch.setattr(dispatch, "_asked", "auto")
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -89,7 +89,7 @@ def _broken(how: str) -> methods.Method:
     good = next(method for method in methods.own_methods(SIZES) if method.name == "molora top-2")
 
     def fast() -> bool:
-        return os.environ[checks.KERNELS] != "reference"
+        return dispatch.backend() != "reference"
 
     def build(base: nn.Module, sizes: methods.Sizes) -> methods.Built:
         built = good.build(base, sizes)
@@ -275,16 +275,6 @@ def test_a_peer_that_does_nothing_is_refused():
 )
 def test_rows_are_asked_for_by_name_or_by_a_word(words, wanted):
     assert command.asked(["molora top-2", "molora top-2, plain torch", "loop"], words) == wanted
-
-
-def test_the_environment_is_as_before_after_another_implementation_ran(monkeypatch):
-    with checks.kernels("reference"):
-        assert checks.chosen_kernels() == "reference"
-    assert checks.chosen_kernels() == "auto"
-    monkeypatch.delenv(checks.KERNELS)
-    with checks.kernels("reference"):
-        pass
-    assert checks.KERNELS not in os.environ
 
 
 def test_a_table_aligns_words_left_and_numbers_right():

@@ -11,6 +11,7 @@ from peft import get_peft_model
 
 import molora.fused
 from molora import MoLoraConfig, record_routing
+from molora.kernels import dispatch
 
 TOP_2 = {"selection": "top_k", "top_k": 2}
 CHOICES = {
@@ -41,7 +42,7 @@ def adapted(**fields):
 
 def results(model, kernels, monkeypatch, record=False):
     """Output, what a loss on the decisions and the output sends back, and the decisions."""
-    monkeypatch.setenv("MOLORA_KERNELS", kernels)
+    monkeypatch.setattr(dispatch, "_asked", kernels)
     model.zero_grad()
     with record_routing(model) as records:
         logits = model(input_ids=IDS).logits
@@ -82,7 +83,7 @@ def test_checkpointed_layers_save_the_same_when_nobody_listens(monkeypatch):
 
 
 def test_a_loss_that_reads_the_hidden_goes_another_way(fused, monkeypatch):
-    monkeypatch.setenv("MOLORA_KERNELS", "triton")
+    monkeypatch.setattr(dispatch, "_asked", "triton")
     adapted(routing_losses={"expert_contrastive": 0.1}, **TOP_2)(input_ids=IDS)
     assert not fused
 
@@ -95,14 +96,14 @@ def test_rows_of_different_adapters_run_by_their_kernel(monkeypatch):
     model.eval()
     found = {}
     for kernels in ("reference", "triton"):
-        monkeypatch.setenv("MOLORA_KERNELS", kernels)
+        monkeypatch.setattr(dispatch, "_asked", kernels)
         with torch.no_grad():
             found[kernels] = model(input_ids=IDS, adapter_names=["other", "default"]).logits
     torch.testing.assert_close(found["triton"], found["reference"], rtol=1e-4, atol=1e-5)
 
 
 def test_the_fused_operation_compiles_as_part_of_a_model(monkeypatch, fused):
-    monkeypatch.setenv("MOLORA_KERNELS", "triton")
+    monkeypatch.setattr(dispatch, "_asked", "triton")
     model = adapted(**TOP_2)
     layer = model.base_model.model.model.layers[0].mlp.down_proj
     x = torch.randn(2, 5, 64)
