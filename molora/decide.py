@@ -66,7 +66,7 @@ def decide(layer: MoLoraLayer, name: str, x: Tensor, products: Products, rows: l
     # What depends on no features any module can look up, where the first one is in a part that does not run again,
     # such as an encoder while text is generated.
     if group is not None and follows and (plan.reads & _FEATURES or group.has_decided(name, call)):
-        return group.take(name, call)
+        return group.take(name, call, x.shape[:-1])
     given = None if call is None else call.inputs.expert_weights
     if given is not None and call is not None:
         routing = given_weights(given, plan, x, call, rows)

@@ -189,16 +189,6 @@ class RankMap(nn.Module):
         self.register_buffer("scale", torch.tensor(scales, device=device), persistent=False)
         self.register_buffer("scale_of_expert", torch.tensor(self.scales, device=device), persistent=False)
 
-    @property
-    def is_even(self) -> bool:
-        """Whether all experts have the same rank and scale."""
-        return self._equal
-
-    @property
-    def total_rank(self) -> int:
-        """R, the sum of the experts' ranks."""
-        return sum(self.ranks)
-
     def forward(self, weights: Tensor | None) -> Tensor | float:
         """Spread expert weights over their ranks and multiply the scale in.
 

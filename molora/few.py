@@ -13,10 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from molora.kernels.choices import Choices
-from molora.kernels.dispatch import FEW_EXPERTS, FEW_TOKENS, SPARED_RANKS
+from molora.kernels.dispatch import FEW_EXPERTS, FEW_IN_TRAINING, FEW_TOKENS, SPARED_RANKS
 from molora.kernels.mixture import mixing_weights
-from molora.routing import fixed
+from molora.observe import tell
+from molora.routing import Recomputed
 from molora.routing.precision import autocast_enabled, promote
+from molora.routing.routers.base import linear
 from molora.standard import Standard, drops, standard_of
 
 
@@ -32,7 +34,8 @@ def add_few(layer: Any, name: str, x: Tensor, args: tuple[Any, ...], kwargs: dic
         args: Further arguments of the frozen linear.
         kwargs: Likewise.
     """
-    if x.numel() > FEW_TOKENS * layer.in_features or layer.routing_recorder is not None:
+    most = FEW_IN_TRAINING if layer.training else FEW_TOKENS
+    if x.numel() > most * layer.in_features or layer.molora_plan[name].gives_hidden:
         return None
     parts = standard_of(layer, name)
     if parts is None or drops(layer, name) or autocast_enabled(x):
@@ -42,9 +45,9 @@ def add_few(layer: Any, name: str, x: Tensor, args: tuple[Any, ...], kwargs: dic
         return None
     y = layer._modules["base_layer"](x, *args, **kwargs)
     if x.numel() == layer.in_features and y.dtype == x.dtype == up.dtype and _reads_few(layer, name, parts, x):
-        return _of_own_experts(y.reshape(-1), x.reshape(-1), parts).view(y.shape)
+        return _of_own_experts(layer, name, x, y.reshape(-1), parts).view(y.shape)
     flat, out = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
-    weights = _weights(layer, name, flat, parts, x.shape[:-1])
+    weights = _weights(layer, name, x, parts)
     hidden = F.linear(flat.to(up.dtype), down).unflatten(-1, (weights.shape[-1], -1))
     gated = (hidden * weights.unsqueeze(-1)).to(hidden.dtype).flatten(-2)
     if out.dtype == gated.dtype:
@@ -63,16 +66,21 @@ def _reads_few(layer: Any, name: str, parts: Standard, x: Tensor) -> bool:
     return simple and spared >= SPARED_RANKS and parts.bias is None and name not in layer.molora_group
 
 
-def _of_own_experts(y: Tensor, x: Tensor, parts: Standard) -> Tensor:
-    """`y + B (g ⊙ A x)` for one token of a CPU, `[out]` and `[in]`, reading the matrices of the experts it chooses."""
+def _of_own_experts(layer: Any, name: str, x: Tensor, y: Tensor, parts: Standard) -> Tensor:
+    """`y + B (g ⊙ A x)` for one token of a CPU, `[out]`, reading the matrices of its own experts."""
     down, up, router = parts.down, parts.up, parts.router
-    wide, rows, bias = promote(x), router.weight, router.bias
+    token, rows, bias = x.reshape(-1), router.weight, router.bias
+    wide = promote(token)
     logits = torch.mv(rows.to(wide.dtype), wide)
-    weights, experts = _top_k(logits if bias is None else logits + bias, parts.choices)
+    logits = logits if bias is None else logits + bias
+    weights, experts = _top_k(logits, parts.choices)
+    if layer.routing_recorder is not None:
+        dense = torch.zeros_like(logits).scatter_(0, experts, weights)
+        tell(layer, name, x, None, _recomputed(layer, name, x, logits, dense, None))
     rank = down.shape[0] // rows.shape[0]
     for expert, weight in zip(experts.tolist(), weights.tolist(), strict=True):
         first = expert * rank
-        hidden = torch.mv(down[first : first + rank], x)
+        hidden = torch.mv(down[first : first + rank], token)
         y = torch.addmv(y, up[:, first : first + rank], hidden, alpha=weight * parts.scale)
     return y
 
@@ -84,20 +92,34 @@ def _top_k(logits: Tensor, choices: Choices) -> tuple[Tensor, Tensor]:
     return torch.softmax(values if choices.temperature == 1 else values / choices.temperature, dim=-1), experts
 
 
-def _weights(layer: Any, name: str, x: Tensor, parts: Standard, lead: torch.Size) -> Tensor:
+def _weights(layer: Any, name: str, x: Tensor, parts: Standard) -> Tensor:
     """Mixing weights `[T, E]`, decided here or by the module that this one routes with."""
     group = layer.molora_group.get(name)
     call = None if layer.routing_scope is None else layer.routing_scope.current()
     if parts.follows:
-        return group.take(name, call).weights.flatten(0, -2)
-    x = promote(x)
-    bias = None if parts.router.bias is None else parts.router.bias.to(x.dtype)
-    logits = F.linear(x, parts.router.weight.to(x.dtype), bias)
-    threshold = None if parts.threshold is None else parts.threshold(x)
+        weights = group.take(name, call, x.shape[:-1]).weights
+        return weights.reshape(x.shape[:-1].numel(), weights.shape[-1])
+    features, router = x.reshape(-1, x.shape[-1]), parts.router
+    logits = linear(features, router.weight, router.bias)
+    threshold = None if parts.threshold is None else parts.threshold(features)
     weights = weights_of_few(logits, threshold, None if parts.bias is None else parts.bias(), parts.choices)
-    if group is not None and group.decides_once:
-        group.put(name, call, fixed(weights.view(*lead, -1), per_sequence=False))
+    shared = group is not None and group.decides_once
+    if shared or layer.routing_recorder is not None:
+        routing = _recomputed(layer, name, x, logits, weights, threshold)
+        if shared:
+            group.put(name, call, routing)
+        tell(layer, name, x, None, routing)
     return weights
+
+
+def _recomputed(
+    layer: Any, name: str, x: Tensor, logits: Tensor, weights: Tensor, threshold: Tensor | None
+) -> Recomputed:
+    """The decision in the shape of the input's tokens."""
+    lead = x.shape[:-1]
+    level = None if threshold is None else threshold.view(*lead, 1)
+    wanted = (*lead, logits.shape[-1])
+    return Recomputed(logits.view(wanted), weights.view(wanted), layer.molora_spec[name], level)
 
 
 def weights_of_few(logits: Tensor, threshold_logit: Tensor | None, bias: Tensor | None, choices: Choices) -> Tensor:

@@ -10,13 +10,16 @@ from torch import Tensor
 
 from molora.held import plain_linear
 from molora.kernels.fused import Mixture, mixture
+from molora.kernels.selfcheck import KERNEL_DTYPES, works
 from molora.observe import tell
 from molora.routing import Recomputed
-from molora.routing.precision import autocast_enabled, full_precision
+from molora.routing.precision import compute_dtype, full_precision
 from molora.standard import drops, standard_of
 
 
-def add_fused(layer: Any, name: str, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+def add_fused(
+    layer: Any, name: str, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], insist: bool
+) -> Tensor | None:
     """The output of an adapted linear, `[..., in]` to `[..., out]`; `None` where there is no kernel for it.
 
     Args:
@@ -25,6 +28,7 @@ def add_fused(layer: Any, name: str, x: Tensor, args: tuple[Any, ...], kwargs: d
         x: Its input.
         args: Further arguments of the frozen linear.
         kwargs: Likewise.
+        insist: Do not ask whether the kernels work here.
     """
     if layer.molora_plan[name].gives_hidden:
         return None
@@ -32,18 +36,20 @@ def add_fused(layer: Any, name: str, x: Tensor, args: tuple[Any, ...], kwargs: d
     if parts is None or parts.follows or drops(layer, name):
         return None
     base: Any = layer.base_layer
-    kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if autocast_enabled(x) else parts.up.dtype
-    fuse = not args and not kwargs and plain_linear(base) and base.weight.dtype == dtype
-    flat = x.to(dtype).reshape(-1, x.shape[-1])
+    dtype = compute_dtype(x, parts.up.dtype)
+    if dtype not in KERNEL_DTYPES or not (insist or works(x.device, dtype)):
+        return None
+    fuse = not args and not kwargs and plain_linear(base)
+    if fuse and not base.weight.dtype == dtype == (dtype if base.bias is None else base.bias.dtype):
+        return None
+    flat = x.to(dtype).reshape(x.shape[:-1].numel(), x.shape[-1])
     if fuse:
         with torch.no_grad(), full_precision(x):
-            y = F.linear(flat, base.weight, base.bias)
+            frozen = y = F.linear(flat, base.weight, base.bias)
     else:
-        y = base(x, *args, **kwargs)
-        if y.dtype != dtype:
-            return None
-        y = y.reshape(-1, y.shape[-1]).clone()  # it may belong to somebody, as a quantised linear's
+        frozen = base(x, *args, **kwargs)
+        y = frozen.reshape(len(flat), frozen.shape[-1])
+        y = y.clone() if y.dtype == dtype else y.to(dtype)  # it may belong to somebody, as a quantised linear's
     router, threshold = parts.router, parts.threshold
     result = mixture(
         flat,
@@ -61,7 +67,7 @@ def add_fused(layer: Any, name: str, x: Tensor, args: tuple[Any, ...], kwargs: d
         backend="triton",
     )
     _hand_on(layer, name, x, result)
-    return result.y.view(*x.shape[:-1], -1)
+    return result.y.view(*x.shape[:-1], result.y.shape[1]).to(frozen.dtype)
 
 
 def _exact(rows: Tensor, dtype: torch.dtype) -> Tensor:
@@ -76,7 +82,7 @@ def _hand_on(layer: Any, name: str, x: Tensor, result: Mixture) -> None:
     if not shared and layer.routing_recorder is None:
         return
     lead = x.shape[:-1]
-    logits, weights = (part.view(*lead, -1) for part in (result.logits, result.weights))
+    logits, weights = (part.view(*lead, part.shape[1]) for part in (result.logits, result.weights))
     level = result.threshold_logit.view(*lead, 1) if result.threshold_logit.numel() else None
     routing = Recomputed(logits, weights, layer.molora_spec[name], level)
     if shared:

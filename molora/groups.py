@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from molora.errors import MoloraError
 from molora.routing import Routing
 from molora.routing.scope import RoutingCall
@@ -47,17 +49,28 @@ class RoutingGroup:
         """Whether there is a decision to take."""
         return (self._decision if call is None else call.shared.get((adapter_name, id(self)))) is not None
 
-    def take(self, adapter_name: str, call: RoutingCall | None) -> Routing:
+    def take(self, adapter_name: str, call: RoutingCall | None, tokens: torch.Size) -> Routing:
         """The leader's decision.
 
+        Args:
+            adapter_name: Name of the adapter.
+            call: The call that runs.
+            tokens: Shape of the tokens it is for.
+
         Raises:
-            MoloraError: If the leader has not run.
+            MoloraError: If the leader has not run, or decided about other tokens.
         """
         routing = self._decision if call is None else call.shared.get((adapter_name, id(self)))
         if routing is None:
             raise MoloraError(
                 f"the router shared by {self.name} has not run yet in this forward pass: its first adapted module was "
                 "skipped. Share within smaller parts (router_sharing='block' or 'none')."
+            )
+        decided = routing.weights.shape[:-1]
+        if len(decided) == len(tokens) and any(n not in (1, m) for n, m in zip(decided, tokens, strict=True)):
+            raise MoloraError(
+                f"the router shared by {self.name} decided about tokens of shape {list(decided)}, and is asked about "
+                f"{list(tokens)}: these modules do not read the same input. Set router_sharing='none'."
             )
         if call is None:
             # The last one to read lets go of it, and with it of the graph behind it.

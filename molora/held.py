@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from molora.experts import BankWeight
 
@@ -12,7 +13,7 @@ from molora.experts import BankWeight
 def at_hand(module: nn.Module) -> bool:
     """Whether a module's parameters can be read as they are, and nobody waits for the module to be called.
 
-    Not so under FSDP's or DeepSpeed's sharding of the module itself, with weights on another device, or with hooks.
+    Not so under FSDP's or DeepSpeed's sharding of the module itself, or with hooks, such as those of offloading.
     """
     held = module.__dict__
     if held["_forward_hooks"] or held["_forward_pre_hooks"] or held["_backward_hooks"] or held["_backward_pre_hooks"]:
@@ -51,6 +52,6 @@ def weights_at_hand(layer: nn.Module, containers: tuple[str, ...], name: str) ->
 
 def plain_linear(module: nn.Module) -> bool:
     """Whether a frozen linear is nothing but one, so that its product may be computed with others."""
-    if type(module) is not nn.Linear or not at_hand(module):
+    if type(module) is not nn.Linear or not at_hand(module) or _has_any_global_hook():
         return False
     return not any(parameter.requires_grad for parameter in module._parameters.values() if parameter is not None)

@@ -11,6 +11,7 @@ from torch import Tensor
 from molora.held import plain_linear
 from molora.kernels.choices import Choices
 from molora.kernels.multi_adapter import AdapterParts, mixed_rows
+from molora.kernels.selfcheck import works
 from molora.routing.precision import autocast_enabled
 from molora.standard import drops, standard_of
 
@@ -55,10 +56,11 @@ def add_rows(
     if len(kinds) > 1:
         return None
     places = {name: place for place, name in enumerate(known)}
-    y = base(x)
-    if y.dtype != x.dtype:
-        return None
+    frozen = base(x)
+    y = frozen.to(x.dtype)
     y = y if plain_linear(layer.base_layer) and y.is_contiguous() else y.clone()
     adapters = [one[1] for one in found if one is not None]
-    index, chosen = [places.get(name, -1) for name in adapter_names], None if kernels == "auto" else kernels
-    return mixed_rows(x, y, index, adapters, next(iter(kinds))[0], chosen)
+    index, chosen = [places.get(name, -1) for name in adapter_names], kernels
+    if kernels == "auto":
+        chosen = "triton" if x.is_cuda and works(x.device, x.dtype) else "torch"
+    return mixed_rows(x, y, index, adapters, next(iter(kinds))[0], chosen).to(frozen.dtype)

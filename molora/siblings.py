@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ SIBLINGS: tuple[tuple[str, ...], ...] = (
 )
 """Names of linears that, side by side in one block, read the same input, in transformers' models."""
 
-_CROSS_ATTENTION = ("cross", "encdec", "encoder_attn")
+_CROSS_ATTENTION = ("cross", "encdec", "encoder_attn", "encoder_decoder", "perceiver", "resampler")
 """In the name of a block whose queries read something else than its keys and values."""
 
 
@@ -49,8 +50,9 @@ def input_of(key: str) -> tuple[str, ...]:
 class SharedInput:
     """The modules of one adapter that read the same input, and what the first of them computed for the others.
 
-    Only ever a shortcut: a module that does not find its part, because it was called with another tensor or alone,
-    computes it. A part is kept until it is taken, or the next call of the first module.
+    A module takes its part only for the very same tensor, unchanged, with its matrices unchanged, in the same mode and
+    the same piece of a checkpointed model; otherwise it computes it. Parts that nobody takes are dropped at the end of
+    the model's call.
 
     Attributes:
         members: The modules (`MoLoraLayer`) in the order of the model.
@@ -58,22 +60,29 @@ class SharedInput:
 
     def __init__(self) -> None:
         self.members: list[Any] = []
-        self._x: weakref.ref[Tensor] | None = None
-        self._state: tuple[int, bool] = (0, False)
-        self._parts: dict[int, Any] = {}
+        self._kept: tuple[weakref.ref[Tensor], Any, dict[int, Any]] | None = None
 
-    def put(self, x: Tensor, parts: dict[int, Any]) -> None:
-        """Keep what was computed from `x` for the modules with these ids."""
-        self._x, self._state, self._parts = weakref.ref(x), _state(x), parts
+    def put(self, x: Tensor, parts: dict[int, tuple[Any, Sequence[Tensor]]]) -> None:
+        """Keep what was computed from `x`: for the ids of modules their parts, and the matrices these came from."""
+        versions = {key: (part, [(m, m._version) for m in matrices]) for key, (part, matrices) in parts.items()}
+        self._kept = (weakref.ref(x), _state(x), versions)
 
     def take(self, module: Any, x: Tensor) -> Any:
         """The part of a module for the very same `x`, or `None`."""
-        if not self._parts:
+        kept = self._kept  # read once: another thread may run the same model
+        if kept is None or x.is_inference():
             return None
-        if self._x is None or self._x() is not x or self._state != _state(x):
-            self._parts = {}
+        known, state, parts = kept
+        part, versions = parts.pop(id(module), (None, ()))
+        if not parts:
+            self._kept = None
+        if part is None or known() is not x or state != _state(x):
             return None
-        return self._parts.pop(id(module), None)
+        return part if all(matrix._version == version for matrix, version in versions) else None
+
+    def drop(self) -> None:
+        """Forget what nobody took."""
+        self._kept = None
 
     def __getstate__(self) -> dict[str, Any]:
         # Tensors of a graph cannot be copied, and the copy computes its own.
@@ -84,6 +93,20 @@ class SharedInput:
         self.members = state["members"]
 
 
-def _state(x: Tensor) -> tuple[int, bool]:
-    """What tells an unchanged tensor; inference tensors count no changes, as they take part in no graph."""
-    return (0 if x.is_inference() else x._version), torch.is_grad_enabled()
+def may_share(x: Tensor) -> bool:
+    """Whether parts of `x` may wait for others.
+
+    Tensors of inference mode do not say when they are changed. Behind a leaf, backward passes may come one by one, and
+    the first would free what the others need; behind a graph it is freed anyway.
+    """
+    return not x.is_inference() and (not torch.is_grad_enabled() or x.grad_fn is not None)
+
+
+def _state(x: Tensor) -> tuple[Any, ...]:
+    """What has to be the same for a part to be what a module would compute."""
+    # Checkpointed pieces of a model are computed again one by one: none may lean on another.
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    piece = None if hooks is None else id(hooks[0])
+    kind = x.device.type
+    casts = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    return x._version, torch.is_grad_enabled(), piece, casts

@@ -9,15 +9,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from molora.decide import Products, decide
 from molora.experts import RankMap
 from molora.held import at_hand, held, plain_linear, weights_at_hand
+from molora.kernels.products import product_dtype
 from molora.kernels.stacked import NOT_SPREAD, GatedUp, Spread, Stack, StackedDown
 from molora.layouts import ACTIVATIONS, LAYOUTS
 from molora.routing.parts import ThresholdNet
-from molora.routing.precision import autocast_enabled
+from molora.routing.precision import compute_dtype
+from molora.siblings import may_share
 
 DOWN, UP = ("molora_frozen_A", "molora_A"), ("molora_frozen_B", "molora_B")
 """Containers of A and of B, the frozen experts first."""
@@ -35,6 +36,11 @@ class Matrices(NamedTuple):
     down: list[Tensor]
     router: Tensor | None
     threshold: Tensor | None
+
+    @property
+    def all(self) -> list[Tensor]:
+        """Every one of them."""
+        return [*self.down, *(matrix for matrix in (self.router, self.threshold) if matrix is not None)]
 
 
 def only_adapter(layer: Any) -> str | None:
@@ -84,7 +90,9 @@ def add_stacked(layer: Any, name: str, x: Tensor, args: tuple[Any, ...], kwargs:
     base = layer.base_layer
     fuse = not args and not kwargs and plain_linear(base) and _joins(base, x)
     products, y = _products(layer, name, x, base if fuse else None)
-    if y is None:
+    if y is None and fuse and product_dtype(base.weight.dtype, x.device) != base.weight.dtype:
+        y = StackedDown.apply(x, base.weight, base.bias, Stack(base.weight.dtype, 0))[0]  # for its gradient's sake
+    elif y is None:
         y = base(x, *args, **kwargs)
     hidden = products.hidden
     bias = _bias(layer, name)
@@ -107,7 +115,12 @@ def _add_gated(layer: Any, name: str, y: Tensor, hidden: Tensor, weights: Tensor
     ups = weights_at_hand(layer, UP, name) or []
     up = ups[0] if len(ups) == 1 else torch.cat(ups, dim=1)
     spread = NOT_SPREAD if weights is None else _spread(ranks, weights)
-    return GatedUp.apply(y, hidden, weights, up, spread, in_place and y.is_contiguous())
+    return GatedUp.apply(y, hidden, weights, up, spread, in_place and _is_ours(y))
+
+
+def _is_ours(y: Tensor) -> bool:
+    """Whether the frozen output may be written into: modes such as selective checkpointing keep outputs for later."""
+    return y.is_contiguous() and not y._is_view() and not torch._C._len_torch_dispatch_stack()
 
 
 def _spread(ranks: RankMap, weights: Tensor) -> Spread:
@@ -123,22 +136,20 @@ def _bias(layer: Any, name: str) -> Tensor | None:
 
 def _joins(base: nn.Module, x: Tensor) -> bool:
     """Whether the frozen linear would compute in the dtype of its weight."""
-    dtype = base.weight.dtype
-    if base.weight.device != x.device or _has_any_global_hook():
+    weight, bias = base.weight, base.bias
+    if weight.device != x.device or (bias is not None and bias.dtype != weight.dtype):
         return False
-    return torch.get_autocast_dtype(x.device.type) == dtype if autocast_enabled(x) else x.dtype == dtype
+    return compute_dtype(x, x.dtype) == weight.dtype
 
 
 def _dtype(layer: Any, name: str, x: Tensor) -> torch.dtype:
     """In which A and B are multiplied."""
-    if autocast_enabled(x):
-        return torch.get_autocast_dtype(x.device.type)
-    return layer._dtype_of(name) if layer.cast_input_dtype_enabled else x.dtype
+    return compute_dtype(x, layer._dtype_of(name) if layer.cast_input_dtype_enabled else x.dtype)
 
 
 def _products(layer: Any, name: str, x: Tensor, base: nn.Module | None) -> tuple[Products, Tensor | None]:
     """Products of `x`, computed here or before by a sibling, and the frozen linear's output if it was computed."""
-    if _drops(layer, name):
+    if _drops_input(layer, name):
         dropped, dtype = layer.molora_dropout[name](x), _dtype(layer, name, x)
         down = matrices_of(layer, name).down
         _, *hidden = StackedDown.apply(dropped, None, None, Stack(dtype, len(down)), *down)
@@ -156,26 +167,30 @@ def _products(layer: Any, name: str, x: Tensor, base: nn.Module | None) -> tuple
     y, *parts = StackedDown.apply(x, weight, bias, Stack(dtype, len(downs)), *downs, *others)
     products = _sorted_out(sets, iter(parts[: len(downs)]), iter(parts[len(downs) :]))
     if shared is not None and len(readers) > 1:
-        shared.put(x, {id(reader): part for reader, part in zip(readers[1:], products[1:], strict=True)})
+        rest = zip(readers[1:], products[1:], sets[1:], strict=True)
+        shared.put(x, {id(reader): (product, matrices.all) for reader, product, matrices in rest})
+        if layer.routing_scope is not None:
+            layer.routing_scope.waiting.add(shared)
     return products[0], y
 
 
 def _readers(layer: Any, name: str, members: list[Any], dtype: torch.dtype, x: Tensor) -> list[Any]:
     """The module itself, and those of its siblings that will run after it and multiply in the same way."""
-    if not any(member is layer for member in members):
-        return [layer]  # a replica of the module that the list is about
+    if not may_share(x) or not any(member is layer for member in members):
+        return [layer]  # the last: a replica of the module that the list is about
     later = members[next(place for place, member in enumerate(members) if member is layer) + 1 :]
-    return [
-        layer,
-        *(
-            m
-            for m in later
-            if only_adapter(m) == name and can_stack(m, name) and _dtype(m, name, x) == dtype and not _drops(m, name)
-        ),
-    ]
+    return [layer, *(member for member in later if _reads_alike(member, name, dtype, x))]
 
 
-def _drops(layer: Any, name: str) -> bool:
+def _reads_alike(layer: Any, name: str, dtype: torch.dtype, x: Tensor) -> bool:
+    """Whether a sibling's products may be computed before it runs."""
+    changes = layer._forward_pre_hooks or "forward" in vars(layer)  # such as hooks that bring its weights
+    if changes or only_adapter(layer) != name or not can_stack(layer, name) or _drops_input(layer, name):
+        return False
+    return _dtype(layer, name, x) == dtype and all(m.device == x.device for m in matrices_of(layer, name).all)
+
+
+def _drops_input(layer: Any, name: str) -> bool:
     """Whether A reads another input than the router: one of its own, with parts dropped."""
     dropout = layer.molora_dropout[name]
     return dropout.training and not isinstance(dropout, nn.Identity) and not layer.molora_plan[name].drops_hidden

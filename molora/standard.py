@@ -90,6 +90,8 @@ def standard_of(layer: Any, name: str) -> Standard | None:
     choices = known(layer.molora_spec[name], layer.training)
     if choices is None:
         return None
+    if layer.routing_recorder is not None and layer.routing_recorder.wants("columns", name):
+        return None
     call = None if layer.routing_scope is None else layer.routing_scope.current()
     if call is not None and (call.inputs.expert_weights is not None or call.inputs.expert_mask is not None):
         return None

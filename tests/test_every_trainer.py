@@ -118,7 +118,7 @@ def test_the_routing_loss_is_averaged_over_accumulated_batches(kind, tmp_path):
 
     once, often = added(1), added(4)
     assert all(gradient.abs().max() > 1e-5 for gradient in once.values())
-    assert_same(once, often, rtol=1e-3, atol=1e-6)
+    assert_same(once, often, rtol=1e-3, atol=5e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -151,7 +151,8 @@ def test_layers_hand_over_to_each_other_where_only_a_part_of_the_model_is_called
         expected = model(input_ids=ids, output_hidden_states=True).hidden_states[-1]
         with routing_inputs(model, expert_mask=torch.ones(4, dtype=torch.bool)):
             for _ in range(2):
-                assert torch.equal(decoder(input_ids=ids).last_hidden_state, expected)
+                # Up to rounding: a mask is none of what few tokens take a short cut for.
+                torch.testing.assert_close(decoder(input_ids=ids).last_hidden_state, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("second", ["mole", "smear", "pmoe", "moelora", "polytropon", "x-lora"])

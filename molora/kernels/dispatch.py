@@ -22,8 +22,14 @@ from molora.errors import MoloraError, one_of
 
 VARIABLE = "MOLORA_KERNELS"
 BACKENDS = ("auto", "triton", "torch", "reference")
-FEW_TOKENS = 8
-"""Up to so many tokens, as when decoding, stacking matrices costs more than reading the input once saves."""
+FEW_TOKENS = 64
+"""Up to so many tokens, stacking matrices costs more than reading the input once saves, if there are no gradients.
+Forward passes of a model of width 1024 on a CPU, times that of a plain LoRA of rank 16: 1.11 without stacking and 1.27
+with it for 16 tokens, 1.09 and 1.16 for 64; no difference was to be seen for 512."""
+
+FEW_IN_TRAINING = 8
+"""The same in training mode: enough for rollouts, and less than a batch. Reentrant checkpointing runs a layer without
+gradients first and with them again, and both should round alike."""
 
 FEW_EXPERTS = 4
 """Up to so many chosen experts, reading theirs alone takes fewer steps than it saves."""
@@ -92,7 +98,7 @@ def reason(kernels: str, device: str) -> str:
     """
     if kernels == "torch":
         return f"{VARIABLE}=torch"
-    return "no kernel knows this adapter" if device == "cuda" else f"the tensors are on {device}"
+    return "no kernel knows this adapter, or none works here" if device == "cuda" else f"the tensors are on {device}"
 
 
 @functools.cache

@@ -11,15 +11,16 @@ spread over its ranks and scaled, and `⟨·,·⟩ₑ` a sum over the ranks of e
     u = g ⊙ h           y += u Bᵀ                            du = dy B             dB = dyᵀ u
                                                              dh = g ⊙ du           dwₑ = scaleₑ ⟨du, h⟩ₑ
 
-What is kept for the backward pass is `x`, `h`, `w` and parameters; `u` is computed again. Nothing of size
-`[T, E, out]` or `[T, E, in]` ever exists, nothing waits for the device and no shape depends on data. Between the two
-lies routing, on `[T, E]`, in torch's own autograd, so every routing choice has this path.
+What is kept for the backward pass is `x`, `h`, `w` and parameters, as far as needed; `u` is computed again. Nothing of
+size `[T, E, out]` or `[T, E, in]` ever exists, nothing waits for the device and no shape depends on data. Between the
+two lies routing, on `[T, E]`, in torch's own autograd, so every routing choice has this path.
 
 Gradients of a gradient (`create_graph=True`) are refused rather than wrong; `MOLORA_KERNELS=reference` has them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from molora.kernels.products import add_product_, product_dtype
-from molora.routing.precision import full_precision, promote
+from molora.routing.precision import full_precision
 
 
 class Stack(NamedTuple):
@@ -42,25 +43,24 @@ class Stack(NamedTuple):
     downs: int
 
 
-class _Operands(NamedTuple):
-    """Products of `x` that one call computes: one where both parts have the same precision."""
+class _Product(NamedTuple):
+    """Matrices that are multiplied as one: from `begin` to `stop` of those given, in `dtype`."""
 
-    wide: Tensor
-    down: Tensor
-    exact: Tensor | None
-    rows: Tensor | None
-
-
-def _operands(x: Tensor, stack: Stack, matrices: tuple[Tensor, ...]) -> _Operands:
-    """Cast and stack; `exact` and `rows` are `None` where everything is in one product."""
-    exact, wide = promote(x).dtype, product_dtype(stack.dtype, x.device)
-    downs, others = matrices[: stack.downs], matrices[stack.downs :]
-    if exact == wide or not others:
-        return _Operands(x.to(wide), _stacked(matrices, wide), None, None)
-    return _Operands(x.to(wide), _stacked(downs, wide), x.to(exact), _stacked(others, exact))
+    dtype: torch.dtype
+    begin: int
+    stop: int
 
 
-def _stacked(matrices: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+def _products(stack: Stack, dtype: torch.dtype, device: torch.device, number: int) -> list[_Product]:
+    """One product where all matrices are multiplied in the same precision, else one for A and one for the rest."""
+    exact = dtype if dtype in (torch.float32, torch.float64) else torch.float32
+    wide = product_dtype(stack.dtype, device)
+    if exact == wide or stack.downs == number:
+        return [_Product(wide, 0, number)] if number else []
+    return [_Product(wide, 0, stack.downs), _Product(exact, stack.downs, number)]
+
+
+def _stacked(matrices: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     return torch.cat([matrix.to(dtype) for matrix in matrices]) if len(matrices) > 1 else matrices[0].to(dtype)
 
 
@@ -85,82 +85,69 @@ class StackedDown(torch.autograd.Function):
             The frozen linear's output `[..., out]` or `None`, then `[..., N_i]` for each matrix: those of A in the
             stack's dtype, the others in fp32 or fp64.
         """
-        ctx.stack, ctx.saved_rows = stack, [matrix.shape[0] for matrix in matrices]
+        ctx.stack, ctx.shape, ctx.dtype, ctx.device = stack, x.shape, x.dtype, x.device
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight, *matrices)
+        # Matrices get gradients from x, and x gets its own from matrices: nobody keeps what nobody needs.
+        of_x, of_matrices = ctx.needs_input_grad[0], any(ctx.needs_input_grad[4:])
+        ctx.save_for_backward(x if of_matrices else None, weight if of_x else None, *matrices)
+        parts: list[Tensor] = []
         with full_precision(x):
             y = None if weight is None else _linear(x, weight, bias)
-            wide, down, exact, rows = _operands(x.reshape(-1, x.shape[-1]), stack, matrices)
-            hidden = wide @ down.T
-            # Parts of one tensor: a copy of each would be as long again in memory.
-            parts = list(hidden.split([m.shape[0] for m in matrices[: None if exact is None else stack.downs]], dim=1))
-            if exact is not None and rows is not None:
-                parts += (exact @ rows.T).split([matrix.shape[0] for matrix in matrices[stack.downs :]], dim=1)
+            flat = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+            for dtype, begin, stop in _products(stack, x.dtype, x.device, len(matrices)):
+                together = flat.to(dtype) @ _stacked(matrices[begin:stop], dtype).T
+                # Parts of one tensor: a copy of each would be as long again in memory.
+                parts += together.split([matrix.shape[0] for matrix in matrices[begin:stop]], dim=1)
         for place, part in enumerate(parts):
             part = part.to(stack.dtype) if place < stack.downs else part
-            parts[place] = part.unflatten(0, x.shape[:-1]) if x.ndim != 2 else part
+            parts[place] = part if x.ndim == 2 else part.view(*x.shape[:-1], part.shape[1])
         return (y, *parts)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, *dparts: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Gradients of the input and of each matrix."""
+        """Gradients of the input and of each matrix; `None` for what no output depended on."""
         x, weight, *matrices = ctx.saved_tensors
-        stack, flat = ctx.stack, x.reshape(-1, x.shape[-1])
-        with full_precision(x):
-            operands = _operands(flat, stack, tuple(matrices))
-            parts = [_flat(part, flat.shape[0]) for part in dparts]
-            dx = _of_frozen(dy, weight, x, operands.wide.dtype) if ctx.needs_input_grad[0] else None
-            dmatrices: list[Tensor | None] = []
-            end = len(matrices) if operands.exact is None else stack.downs
-            for source, stacked, begin, stop in (
-                (operands.wide, operands.down, 0, end),
-                (operands.exact, operands.rows, end, len(matrices)),
-            ):
-                if source is None or stacked is None:
+        tokens, needed, dx = ctx.shape[:-1].numel(), ctx.needs_input_grad[4:], None
+        dmatrices: list[Tensor | None] = [None] * len(matrices)
+        with full_precision(dy if dy is not None else next(part for part in dparts if part is not None)):
+            if ctx.needs_input_grad[0] and dy is not None and weight is not None:
+                wide = product_dtype(weight.dtype, ctx.device)
+                dx = dy.reshape(tokens, dy.shape[-1]).to(wide) @ weight.to(wide)
+            for dtype, begin, stop in _products(ctx.stack, ctx.dtype, ctx.device, len(matrices)):
+                used = [place for place in range(begin, stop) if dparts[place] is not None]
+                if not used:
                     continue
-                small = _joined(parts[begin:stop], matrices[begin:stop], source)
+                chosen = [matrices[place] for place in used]
+                small = _joined([dparts[place] for place in used], chosen, tokens, dtype)
                 if ctx.needs_input_grad[0]:
+                    stacked = _stacked(chosen, dtype)
                     dx = small @ stacked if dx is None else add_product_(dx, small, stacked)
-                dmatrices += _gradients(
-                    small, source, matrices[begin:stop], ctx.needs_input_grad[4 + begin : 4 + stop]
-                )
-        return (None if dx is None else dx.to(x.dtype).view_as(x), None, None, None, *dmatrices)
+                if x is not None and any(needed[place] for place in used):
+                    found = (small.T @ x.reshape(tokens, x.shape[-1]).to(dtype)).split(
+                        [matrix.shape[0] for matrix in chosen]
+                    )
+                    for place, matrix, gradient in zip(used, chosen, found, strict=True):
+                        dmatrices[place] = gradient.to(matrix.dtype) if needed[place] else None
+        return (None if dx is None else dx.to(ctx.dtype).view(ctx.shape), None, None, None, *dmatrices)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The frozen linear, bit for bit as it computes by itself."""
     y = torch.nn.functional.linear(x.to(weight.dtype), weight, bias)
-    # Torch lets nobody write into a view that a function returns beside other views, though nobody else has this one.
-    return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
+    return _own(y, y.shape)
 
 
-def _flat(part: Tensor | None, tokens: int) -> Tensor | None:
-    return None if part is None else part.reshape(tokens, -1)
+def _own(y: Tensor, shape: torch.Size) -> Tensor:
+    """`y` in a shape, and no view: torch lets nobody write into views that a function returns."""
+    return torch.ops.aten._unsafe_view(y, shape) if y._is_view() or y.shape != shape else y
 
 
-def _of_frozen(dy: Tensor | None, weight: Tensor | None, x: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """What the frozen linear adds to the input's gradient, `[T, in]`, in the precision it is computed in."""
-    if dy is None or weight is None:
-        return None
-    wide = product_dtype(weight.dtype, x.device)
-    return dy.reshape(-1, dy.shape[-1]).to(wide) @ weight.to(wide)
-
-
-def _joined(parts: list[Tensor | None], matrices: list[Tensor], like: Tensor) -> Tensor:
-    """The gradients of the parts side by side, `[T, N]`; zeros for those that nothing used."""
-    zeros = [
-        like.new_zeros(like.shape[0], m.shape[0]) if p is None else p.to(like.dtype)
-        for p, m in zip(parts, matrices, strict=True)
-    ]
-    return zeros[0] if len(zeros) == 1 else torch.cat(zeros, dim=1)
-
-
-def _gradients(small: Tensor, source: Tensor, matrices: list[Tensor], needed: tuple[bool, ...]) -> list[Tensor | None]:
-    if not any(needed):
-        return [None] * len(matrices)
-    together = (small.T @ source).split([matrix.shape[0] for matrix in matrices])
-    return [d.to(m.dtype) if need else None for d, m, need in zip(together, matrices, needed, strict=True)]
+def _joined(parts: Sequence[Tensor | None], matrices: Sequence[Tensor], tokens: int, dtype: torch.dtype) -> Tensor:
+    """The gradients of the parts side by side, `[T, N]`."""
+    pairs = zip(parts, matrices, strict=True)
+    flat = [part.reshape(tokens, matrix.shape[0]).to(dtype) for part, matrix in pairs if part is not None]
+    return flat[0] if len(flat) == 1 else torch.cat(flat, dim=1)
 
 
 class Spread(NamedTuple):
@@ -197,7 +184,7 @@ class GatedUp(torch.autograd.Function):
             weights: `[..., E]` in fp32 or fp64, or shaped to broadcast; `None` where the hidden is gated already.
             up: B, `[out, R]`.
             spread: From experts to ranks.
-            in_place: Write into `y`, which nobody else may need.
+            in_place: Write into `y`, which nobody else may have, nor keep for later as some modes of torch do.
         """
         ctx.spread = spread
         ctx.save_for_backward(hidden, weights, up)
@@ -207,10 +194,9 @@ class GatedUp(torch.autograd.Function):
             wide = product_dtype(hidden.dtype, hidden.device)
             gated = _gated(hidden, weights, spread, wide)
             if not in_place and y.dtype == wide:
-                return torch.addmm(y.reshape(-1, y.shape[-1]), gated, up.to(wide).T).view_as(y)
-            result = y if in_place else y.clone()
-            flat = result.view(-1, y.shape[-1])
-            add_product_(flat, gated, up.to(wide).T)
+                return _own(torch.addmm(y.reshape(gated.shape[0], y.shape[-1]), gated, up.to(wide).T), y.shape)
+            result = y if in_place else y.clone(memory_format=torch.contiguous_format)
+            add_product_(result.view(gated.shape[0], y.shape[-1]), gated, up.to(wide).T)
         return result
 
     @staticmethod
@@ -221,7 +207,7 @@ class GatedUp(torch.autograd.Function):
         spread: Spread = ctx.spread
         with full_precision(hidden):
             wide = product_dtype(hidden.dtype, hidden.device)
-            flat = dy.reshape(-1, dy.shape[-1]).to(wide)
+            flat = dy.reshape(hidden.shape[:-1].numel(), dy.shape[-1]).to(wide)
             dup = dhidden = dweights = None
             if ctx.needs_input_grad[3]:
                 dup = (flat.T @ _gated(hidden, weights, spread, wide)).to(up.dtype)
@@ -248,7 +234,7 @@ def _scaled(hidden: Tensor, weights: Tensor, spread: Spread) -> Tensor:
 def _gated(hidden: Tensor, weights: Tensor | None, spread: Spread, dtype: torch.dtype) -> Tensor:
     """`u [T, R]` in the dtype it is multiplied in, rounded as the hidden is."""
     gated = hidden if weights is None else _scaled(hidden, weights, spread).to(hidden.dtype)
-    return gated.reshape(-1, gated.shape[-1]).to(dtype)
+    return gated.reshape(gated.shape[:-1].numel(), gated.shape[-1]).to(dtype)
 
 
 def _of_weights(dgated: Tensor, hidden: Tensor, weights: Tensor, spread: Spread) -> Tensor:

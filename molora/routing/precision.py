@@ -18,6 +18,11 @@ def autocast_enabled(x: Tensor) -> bool:
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
+def compute_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """In which dtype a product of `x` is computed that is `dtype` without autocast, which leaves fp64 alone."""
+    return torch.get_autocast_dtype(x.device.type) if autocast_enabled(x) and x.dtype != torch.float64 else dtype
+
+
 def full_precision(x: Tensor) -> AbstractContextManager[object]:
     """A block in which autocast leaves products alone."""
     return torch.autocast(x.device.type, enabled=False) if autocast_enabled(x) else nullcontext()

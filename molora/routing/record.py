@@ -153,6 +153,11 @@ class RoutingRecorder:
         # Nobody reads the records of a copied model, and tensors of a graph cannot be copied.
         return RoutingRecorder()
 
+    def wants(self, part: str, adapter: str) -> bool:
+        """Whether this recorder, or one around it, asks for a part of `LayerParts`."""
+        asks = part in self._needs.get(adapter, ())
+        return asks or (self._outer is not None and self._outer.wants(part, adapter))
+
     def append(
         self,
         layer: str,

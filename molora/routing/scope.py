@@ -62,6 +62,7 @@ class RoutingScope:
         kept: Decisions about prompts and the length of these, while a generation runs.
         always: Whether some adapter needs to know of every call, not only of those with inputs.
         spans_layers: Whether an adapter hands decisions or states from layer to layer.
+        waiting: What layers of this call computed for others (`molora.siblings.SharedInput`).
         silent: Whether adapters keep out, as while the base model's own hidden states are computed.
     """
 
@@ -75,6 +76,7 @@ class RoutingScope:
         self.always = False
         self.silent = False
         self.spans_layers = False
+        self.waiting: set[Any] = set()
         self._open: list[ExitStack] = []
         self._unseen: RoutingCall | None = None
 
@@ -95,6 +97,9 @@ class RoutingScope:
 
     def after_forward(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook of the whole model, called even if it failed: the call ends."""
+        for parts in self.waiting:
+            parts.drop()
+        self.waiting.clear()
         if self._open:
             self._open.pop().close()
 

@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from kernels.ahead_of_time import TARGETS, of_amdgcn
+from kernels.ahead_of_time import of_amdgcn
 
 SCRIPT = Path(__file__).with_name("ahead_of_time.py")
 SHARED = {"cuda:80": 163 * 1024, "cuda:90": 227 * 1024, "hip:gfx942": 64 * 1024}
@@ -18,25 +18,15 @@ SHARED = {"cuda:80": 163 * 1024, "cuda:90": 227 * 1024, "hip:gfx942": 64 * 1024}
 
 MATRIX = {"cuda:80": {"mma.sync"}, "cuda:90": {"wgmma.mma_async", "mma.sync"}, "hip:gfx942": {"v_mfma"}}
 
-TELLING = (
-    r"^(route_shrink|hidden_backward) (E8 r8 adaptive_threshold|E16 r16 top_k|E64 r1 top_k) bf16"
-    r"|^(\w+_)?(route_shrink|hidden_backward) E8 r8 top_k fp32$"
-    r"|^weight_gradient \w+ E64 r1 bf16|^expand_add E8 r16 bf16$|^rows_\w+ E8 r16 top_k bf16"
-)
-"""The launches that need the most registers, of every kernel. All the others are `slow`."""
-
-RUNS = [
-    pytest.param((target, only), id=f"{target} {name}", marks=marks)
-    for name, only, marks in (("telling", TELLING, ()), ("all", "", pytest.mark.slow))
-    for target in TARGETS
-]
+pytestmark = pytest.mark.slow
+"""Minutes for each target."""
 
 
-@pytest.fixture(scope="module", params=RUNS)
+@pytest.fixture(scope="module", params=SHARED)
 def compiled(request):
     """A target and what the script says about its kernels. Runs by itself: this process has the interpreter's."""
-    target, only = request.param
-    command = [sys.executable, SCRIPT, target, "--only", only]
+    target = request.param
+    command = [sys.executable, SCRIPT, target]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-4000:]
     return target, json.loads(done.stdout)
