@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from molora.routing.precision import compute_dtype
 
 SIBLINGS: tuple[tuple[str, ...], ...] = (
     ("q_proj", "k_proj", "v_proj"),
@@ -62,8 +64,8 @@ class SharedInput:
         self.members: list[Any] = []
         self._kept: tuple[weakref.ref[Tensor], Any, dict[int, Any]] | None = None
 
-    def put(self, x: Tensor, parts: dict[int, tuple[Any, Sequence[Tensor]]]) -> None:
-        """Keep what was computed from `x`: for the ids of modules their parts, and the matrices these came from."""
+    def put(self, x: Tensor, parts: dict[int, tuple[Callable[[Tensor], Any], Sequence[Tensor]]]) -> None:
+        """Keep what was computed from `x`: for the ids of modules what gives their part, and the matrices it is of."""
         versions = {key: (part, [(m, m._version) for m in matrices]) for key, (part, matrices) in parts.items()}
         self._kept = (weakref.ref(x), _state(x), versions)
 
@@ -78,7 +80,7 @@ class SharedInput:
             self._kept = None
         if part is None or known() is not x or state != _state(x):
             return None
-        return part if all(matrix._version == version for matrix, version in versions) else None
+        return part(x) if all(matrix._version == version for matrix, version in versions) else None
 
     def drop(self) -> None:
         """Forget what nobody took."""
@@ -93,20 +95,9 @@ class SharedInput:
         self.members = state["members"]
 
 
-def may_share(x: Tensor) -> bool:
-    """Whether parts of `x` may wait for others.
-
-    Tensors of inference mode do not say when they are changed. Behind a leaf, backward passes may come one by one, and
-    the first would free what the others need; behind a graph it is freed anyway.
-    """
-    return not x.is_inference() and (not torch.is_grad_enabled() or x.grad_fn is not None)
-
-
 def _state(x: Tensor) -> tuple[Any, ...]:
     """What has to be the same for a part to be what a module would compute."""
     # Checkpointed pieces of a model are computed again one by one: none may lean on another.
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     piece = None if hooks is None else id(hooks[0])
-    kind = x.device.type
-    casts = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    return x._version, torch.is_grad_enabled(), piece, casts
+    return x._version, torch.is_grad_enabled(), piece, compute_dtype(x, x.dtype)

@@ -5,6 +5,9 @@ Whatever cannot be stacked goes the way of `MoLoraModule.delta`, which needs not
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +21,6 @@ from molora.kernels.stacked import NOT_SPREAD, GatedUp, Spread, Stack, StackedDo
 from molora.layouts import ACTIVATIONS, LAYOUTS
 from molora.routing.parts import ThresholdNet
 from molora.routing.precision import compute_dtype
-from molora.siblings import may_share
 
 DOWN, UP = ("molora_frozen_A", "molora_A"), ("molora_frozen_B", "molora_B")
 """Containers of A and of B, the frozen experts first."""
@@ -163,20 +165,26 @@ def _products(layer: Any, name: str, x: Tensor, base: nn.Module | None) -> tuple
     sets = [matrices_of(reader, name) for reader in readers]
     downs = [matrix for matrices in sets for matrix in matrices.down]
     others = [m for matrices in sets for m in (matrices.router, matrices.threshold) if m is not None]
-    weight, bias = (None, None) if base is None else (base.weight, base.bias)
-    y, *parts = StackedDown.apply(x, weight, bias, Stack(dtype, len(downs)), *downs, *others)
+    # Behind a graph the siblings are one node of it. Behind a leaf their backward passes may come one by one, and the
+    # first would free what the others need: there they share the products and no more.
+    as_one = len(readers) == 1 or x.grad_fn is not None
+    with_frozen = base is not None and (as_one or not x.requires_grad)
+    weight, bias = (base.weight, base.bias) if base is not None and with_frozen else (None, None)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and as_one):
+        y, *parts = StackedDown.apply(x, weight, bias, Stack(dtype, len(downs)), *downs, *others)
     products = _sorted_out(sets, iter(parts[: len(downs)]), iter(parts[len(downs) :]))
+    makers = [partial(_put_together, dtype, own, matrices, as_one) for own, matrices in products]
     if shared is not None and len(readers) > 1:
-        rest = zip(readers[1:], products[1:], sets[1:], strict=True)
-        shared.put(x, {id(reader): (product, matrices.all) for reader, product, matrices in rest})
+        rest = zip(readers[1:], makers[1:], sets[1:], strict=True)
+        shared.put(x, {id(reader): (maker, matrices.all) for reader, maker, matrices in rest})
         if layer.routing_scope is not None:
             layer.routing_scope.waiting.add(shared)
-    return products[0], y
+    return makers[0](x), y
 
 
 def _readers(layer: Any, name: str, members: list[Any], dtype: torch.dtype, x: Tensor) -> list[Any]:
     """The module itself, and those of its siblings that will run after it and multiply in the same way."""
-    if not may_share(x) or not any(member is layer for member in members):
+    if x.is_inference() or not any(member is layer for member in members):
         return [layer]  # the last: a replica of the module that the list is about
     later = members[next(place for place, member in enumerate(members) if member is layer) + 1 :]
     return [layer, *(member for member in later if _reads_alike(member, name, dtype, x))]
@@ -196,15 +204,23 @@ def _drops_input(layer: Any, name: str) -> bool:
     return dropout.training and not isinstance(dropout, nn.Identity) and not layer.molora_plan[name].drops_hidden
 
 
-def _sorted_out(sets: list[Matrices], downs: Any, others: Any) -> list[Products]:
+def _sorted_out(sets: list[Matrices], downs: Iterator[Tensor], others: Iterator[Tensor]) -> list[tuple[Any, Matrices]]:
     """Give each module its products back, in the order in which they were stacked."""
     found = []
     for matrices in sets:
-        hidden = _side_by_side([next(downs) for _ in matrices.down])
-        router = None if matrices.router is None else next(others)
-        threshold = None if matrices.threshold is None else next(others)
-        found.append(Products(hidden, router, threshold))
+        number = len(matrices.all) - len(matrices.down)
+        found.append(([*islice(downs, len(matrices.down)), *islice(others, number)], matrices))
     return found
+
+
+def _put_together(dtype: torch.dtype, parts: list[Tensor], of: Matrices, in_graph: bool, x: Tensor) -> Products:
+    """The products of one module, which get their node of the graph now if they have none yet."""
+    if not in_graph and torch.is_grad_enabled():
+        _, *parts = StackedDown.apply(x, None, None, Stack(dtype, len(of.down), tuple(parts)), *of.all)
+    others = iter(parts[len(of.down) :])
+    router = None if of.router is None else next(others)
+    threshold = None if of.threshold is None else next(others)
+    return Products(_side_by_side(parts[: len(of.down)]), router, threshold)
 
 
 def _side_by_side(parts: list[Tensor]) -> Tensor:

@@ -37,10 +37,12 @@ class Stack(NamedTuple):
     Attributes:
         dtype: In which A is multiplied, and the hidden given.
         downs: How many of the matrices are rows of A; the others are multiplied in at least fp32.
+        products: What the matrices give, if it was computed before; then only the backward pass is left to do.
     """
 
     dtype: torch.dtype
     downs: int
+    products: tuple[Tensor, ...] | None = None
 
 
 class _Product(NamedTuple):
@@ -91,6 +93,8 @@ class StackedDown(torch.autograd.Function):
         of_x, of_matrices = ctx.needs_input_grad[0], any(ctx.needs_input_grad[4:])
         ctx.save_for_backward(x if of_matrices else None, weight if of_x else None, *matrices)
         parts: list[Tensor] = []
+        if stack.products is not None:
+            return (None, *stack.products)
         with full_precision(x):
             y = None if weight is None else _linear(x, weight, bias)
             flat = x.reshape(x.shape[:-1].numel(), x.shape[-1])

@@ -214,7 +214,10 @@ def rows_route_expand(
     for first in range(0, R, BK):
         columns = first + column
         # Padding takes the gate of any expert, and its hidden is zero.
-        of = tl.minimum(columns // (R // E), EP - 1)
+        RANK: tl.constexpr = R // E
+        # A division by multiplication, exact below 2**20 / RANK: AMD's compiler of Triton 3.9 dies of one by 3.
+        of = (columns * ((1 << 20) // RANK + 1)) >> 20 if RANK & (RANK - 1) else columns // RANK
+        of = tl.minimum(of, EP - 1)
         gates = tl.gather(weights, tl.broadcast_to(of[None, :], (BM, BK)), 1)
         there = columns < R
         if WHOLE:
