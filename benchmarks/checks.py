@@ -12,9 +12,10 @@ from torch import Tensor
 from benchmarks.methods import Built, Method, Sizes, build
 from molora.kernels import dispatch
 
-TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
-"""Largest relative error in the norm of a whole tensor. Rounding is far below, and it leaves room for a handful of
-tokens whose two best experts are so close that rounding swaps them."""
+TOLERANCES = {torch.float32: 3e-2, torch.bfloat16: 5e-2}
+"""Largest relative error in the norm of a whole tensor. Rounding is far below, but where two experts of a token are so
+close that rounding swaps them, that token's gradient is another: one of 512 tokens makes about 1e-2. The tests compare
+in fp64, where nothing swaps, to 1e-9."""
 
 
 class WrongResultError(Exception):
