@@ -23,7 +23,8 @@ class BankWeight(nn.Module):
 
     A module and not a bare parameter, so that its name is `molora_A.<adapter>.weight`: TRL copies adapters by looking
     for `.<adapter>.` in names, and FSDP wraps modules that own a `.weight`, whose values then only exist during their
-    own forward. So does CPU offloading: multiply by calling the module, never by reading its weight.
+    own forward. So does CPU offloading: multiply by calling the module, or
+    read its weight where `molora.held.at_hand` says that it is there.
     """
 
     def __init__(self, rows: int, columns: int, bias: bool = False) -> None:

@@ -15,8 +15,7 @@ from torch import Tensor
 from molora.kernels.choices import Choices
 from molora.kernels.dispatch import FEW_EXPERTS, FEW_IN_TRAINING, FEW_TOKENS, SPARED_RANKS
 from molora.kernels.mixture import mixing_weights
-from molora.observe import tell
-from molora.routing import Recomputed
+from molora.observe import hand_on
 from molora.routing.precision import autocast_enabled, promote
 from molora.routing.routers.base import linear
 from molora.standard import Standard, drops, standard_of
@@ -76,7 +75,7 @@ def _of_own_experts(layer: Any, name: str, x: Tensor, y: Tensor, parts: Standard
     weights, experts = _top_k(logits, parts.choices)
     if layer.routing_recorder is not None:
         dense = torch.zeros_like(logits).scatter_(0, experts, weights)
-        tell(layer, name, x, None, _recomputed(layer, name, x, logits, dense, None))
+        hand_on(layer, name, x, logits, dense, None)
     rank = down.shape[0] // rows.shape[0]
     for expert, weight in zip(experts.tolist(), weights.tolist(), strict=True):
         first = expert * rank
@@ -94,32 +93,16 @@ def _top_k(logits: Tensor, choices: Choices) -> tuple[Tensor, Tensor]:
 
 def _weights(layer: Any, name: str, x: Tensor, parts: Standard) -> Tensor:
     """Mixing weights `[T, E]`, decided here or by the module that this one routes with."""
-    group = layer.molora_group.get(name)
-    call = None if layer.routing_scope is None else layer.routing_scope.current()
     if parts.follows:
-        weights = group.take(name, call, x.shape[:-1]).weights
+        call = None if layer.routing_scope is None else layer.routing_scope.current()
+        weights = layer.molora_group[name].take(name, call, x.shape[:-1]).weights
         return weights.reshape(x.shape[:-1].numel(), weights.shape[-1])
     features, router = x.reshape(-1, x.shape[-1]), parts.router
     logits = linear(features, router.weight, router.bias)
     threshold = None if parts.threshold is None else parts.threshold(features)
     weights = weights_of_few(logits, threshold, None if parts.bias is None else parts.bias(), parts.choices)
-    shared = group is not None and group.decides_once
-    if shared or layer.routing_recorder is not None:
-        routing = _recomputed(layer, name, x, logits, weights, threshold)
-        if shared:
-            group.put(name, call, routing)
-        tell(layer, name, x, None, routing)
+    hand_on(layer, name, x, logits, weights, threshold)
     return weights
-
-
-def _recomputed(
-    layer: Any, name: str, x: Tensor, logits: Tensor, weights: Tensor, threshold: Tensor | None
-) -> Recomputed:
-    """The decision in the shape of the input's tokens."""
-    lead = x.shape[:-1]
-    level = None if threshold is None else threshold.view(*lead, 1)
-    wanted = (*lead, logits.shape[-1])
-    return Recomputed(logits.view(wanted), weights.view(wanted), layer.molora_spec[name], level)
 
 
 def weights_of_few(logits: Tensor, threshold_logit: Tensor | None, bias: Tensor | None, choices: Choices) -> Tensor:

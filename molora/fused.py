@@ -9,10 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from molora.held import plain_linear
-from molora.kernels.fused import Mixture, mixture
+from molora.kernels.fused import mixture
 from molora.kernels.selfcheck import KERNEL_DTYPES, works
-from molora.observe import tell
-from molora.routing import Recomputed
+from molora.observe import hand_on
 from molora.routing.precision import compute_dtype, full_precision
 from molora.standard import drops, standard_of
 
@@ -66,26 +65,11 @@ def add_fused(
         base_weight=base.weight if fuse else None,
         backend="triton",
     )
-    _hand_on(layer, name, x, result)
+    threshold_logit = result.threshold_logit if result.threshold_logit.numel() else None
+    hand_on(layer, name, x, result.logits, result.weights, threshold_logit)
     return result.y.view(*x.shape[:-1], result.y.shape[1]).to(frozen.dtype)
 
 
 def _exact(rows: Tensor, dtype: torch.dtype) -> Tensor:
     """Rows of a router in a dtype that the kernels take."""
     return rows if rows.dtype in (dtype, torch.float32) else rows.float()
-
-
-def _hand_on(layer: Any, name: str, x: Tensor, result: Mixture) -> None:
-    """Give the decision to who routes with this module, and to who listens."""
-    group = layer.molora_group.get(name)
-    shared = group is not None and group.decides_once
-    if not shared and layer.routing_recorder is None:
-        return
-    lead = x.shape[:-1]
-    logits, weights = (part.view(*lead, part.shape[1]) for part in (result.logits, result.weights))
-    level = result.threshold_logit.view(*lead, 1) if result.threshold_logit.numel() else None
-    routing = Recomputed(logits, weights, layer.molora_spec[name], level)
-    if shared:
-        call = None if layer.routing_scope is None else layer.routing_scope.current()
-        group.put(name, call, routing)
-    tell(layer, name, x, None, routing)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from molora.layouts import ACTIVATIONS, LAYOUTS
 from molora.losses.routing_contrastive import token_sums
-from molora.routing import ROWS, Routing
+from molora.routing import ROWS, Recomputed, Routing
 from molora.routing.record import LayerParts
 
 if TYPE_CHECKING:
@@ -33,6 +33,31 @@ def tell(layer: MoLoraLayer, name: str, x: Tensor, hidden: Tensor | None, routin
     parts = partial(parts_of, layer, name, x, hidden, seen)
     vectors = 1 if seen is routing else plan.num_splits
     layer.routing_recorder.append(layer.routing_name, name, seen, plan.ranks, plan.spec.null_experts, parts, vectors)
+
+
+def hand_on(
+    layer: MoLoraLayer, name: str, x: Tensor, logits: Tensor, weights: Tensor, threshold_logit: Tensor | None
+) -> None:
+    """Give a kernel's decision to the modules that route with this one, and to the recorder.
+
+    Args:
+        layer: The adapted module.
+        name: Name of the adapter.
+        x: What it decided about, `[..., in]`.
+        logits: Of its tokens, `[T, E]` or `[E]`.
+        weights: Likewise.
+        threshold_logit: `[T, 1]`, if there is one.
+    """
+    group = layer.molora_group.get(name)
+    shared = group is not None and group.decides_once
+    if not shared and layer.routing_recorder is None:
+        return
+    wanted = (*x.shape[:-1], logits.shape[-1])
+    level = None if threshold_logit is None else threshold_logit.view(*x.shape[:-1], 1)
+    routing = Recomputed(logits.view(wanted), weights.view(wanted), layer.molora_spec[name], level)
+    if group is not None and shared:
+        group.put(name, None if layer.routing_scope is None else layer.routing_scope.current(), routing)
+    tell(layer, name, x, None, routing)
 
 
 def _flat(routing: Routing, x: Tensor) -> Routing:

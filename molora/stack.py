@@ -21,6 +21,7 @@ from molora.kernels.stacked import NOT_SPREAD, GatedUp, Spread, Stack, StackedDo
 from molora.layouts import ACTIVATIONS, LAYOUTS
 from molora.routing.parts import ThresholdNet
 from molora.routing.precision import compute_dtype
+from molora.standard import drops
 
 DOWN, UP = ("molora_frozen_A", "molora_A"), ("molora_frozen_B", "molora_B")
 """Containers of A and of B, the frozen experts first."""
@@ -200,8 +201,7 @@ def _reads_alike(layer: Any, name: str, dtype: torch.dtype, x: Tensor) -> bool:
 
 def _drops_input(layer: Any, name: str) -> bool:
     """Whether A reads another input than the router: one of its own, with parts dropped."""
-    dropout = layer.molora_dropout[name]
-    return dropout.training and not isinstance(dropout, nn.Identity) and not layer.molora_plan[name].drops_hidden
+    return drops(layer, name) and not layer.molora_plan[name].drops_hidden
 
 
 def _sorted_out(sets: list[Matrices], downs: Iterator[Tensor], others: Iterator[Tensor]) -> list[tuple[Any, Matrices]]:

@@ -23,3 +23,14 @@ def folders(tmp_path_factory):
 
     root = tmp_path_factory.mktemp("loras")
     return [save_lora(root / f"lora{seed}", seed, **fields) for seed, fields in enumerate(MIXED)]
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """Counts the reads of an input by the fast path."""
+    from molora.kernels.stacked import StackedDown
+
+    calls = []
+    apply = StackedDown.apply
+    monkeypatch.setattr(StackedDown, "apply", lambda *given: (calls.append(given), apply(*given))[1])
+    return calls

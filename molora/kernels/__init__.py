@@ -1,4 +1,4 @@
-"""The packed-bank products. Today one implementation, in plain torch."""
+"""The packed-bank products: the plain form, by layout, here; the faster forms in the other files of this room."""
 
 from molora.kernels.reference import factors, pairs, separate, shared_a, split_factors
 
