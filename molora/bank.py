@@ -33,6 +33,7 @@ from molora.routing.precision import autocast_enabled
 from molora.routing.record import RoutingRecorder
 from molora.routing.scope import RoutingScope
 from molora.siblings import SharedInput
+from molora.watch import Watcher
 
 _FROZEN = ("molora_frozen_A", "molora_frozen_B", "molora_bias")
 """Containers that are never trained by gradients."""
@@ -60,6 +61,7 @@ class MoLoraLayer(BaseTunerLayer):
         "molora_group",
         "molora_input",
         "molora_before",
+        "molora_stand_in",
     )
     molora_A: nn.ModuleDict
     molora_B: nn.ModuleDict
@@ -75,6 +77,8 @@ class MoLoraLayer(BaseTunerLayer):
     training: bool
     routing_recorder: RoutingRecorder | None = None
     routing_scope: RoutingScope | None = None
+    watcher: Watcher | None = None
+    """Sees what an adapter's experts read and write, such as to fit a plain LoRA to it."""
     routing_name = ""
     module_key = ""
     """Full name of the module in the base model."""
@@ -93,6 +97,7 @@ class MoLoraLayer(BaseTunerLayer):
         self.molora_group: dict[str, RoutingGroup] = {}
         self.molora_input: dict[str, SharedInput] = {}
         self.molora_before: dict[str, MoLoraLayer] = {}
+        self.molora_stand_in: dict[str, tuple[Tensor, Tensor]] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.cast_input_dtype_enabled = True

@@ -8,7 +8,8 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from molora.config import MoLoraConfig
-from molora.layer import MoLoraModule, cannot_merge
+from molora.layer import MoLoraModule
+from molora.merging import cannot_merge
 from molora.plan import ModulePlan
 
 

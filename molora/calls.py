@@ -62,7 +62,7 @@ class ModelScope(RoutingScope):
         call = self.call
         if call is None or self.silent or not self.wants_base:
             return
-        layers = [m for m in model.modules() if isinstance(m, MoLoraLayer) and not m.disable_adapters]
+        layers = [m for m in model.modules() if isinstance(m, MoLoraLayer) and not (m.disable_adapters or m.merged)]
         plans = [plan for layer in layers for plan in layer.molora_plan.values() if plan.router_input == "base"]
         kept = call.kept and BASE_HIDDEN in call.kept and all(plan.level == "sequence" for plan in plans)
         if plans and not call.decoded and not kept:

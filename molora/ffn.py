@@ -16,6 +16,7 @@ from torch import Tensor
 
 from molora.decide import Products, decide
 from molora.routing import Routing
+from molora.watch import Seen
 
 if TYPE_CHECKING:
     from molora.bank import MoLoraLayer
@@ -30,15 +31,15 @@ def _slots(routing: Routing, num_slots: int) -> tuple[Tensor, Tensor]:
     return experts, routing.weights.gather(-1, experts)
 
 
-def _slots_of(layer: MoLoraLayer, name: str, x: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """Which ranks belong to each slot, scaled, `[..., K, R]`, and the weights of the slots, `[..., K]`."""
+def _slots_of(layer: MoLoraLayer, name: str, x: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Each slot's ranks, scaled, `[..., K, R]`, the weights of the slots, `[..., K]`, and of all experts."""
     routing = decide(layer, name, x, Products(hidden), None)
     assert routing is not None
     spec, ranks = layer.molora_spec[name], layer.molora_ranks[name]
     fixed_number = spec.selection in ("top_k", "sparsemixer") and not routing.is_fixed
     experts, weights = _slots(routing, spec.top_k if fixed_number else layer.molora_plan[name].num_experts)
     member = experts.unsqueeze(-1) == ranks.expert
-    return member * ranks.rank_scale(weights), weights
+    return member * ranks.rank_scale(weights), weights, routing.weights
 
 
 def expand_slots(layer: MoLoraLayer, name: str, x: Tensor, down: tuple[Tensor, torch.dtype], result: Tensor) -> Tensor:
@@ -52,7 +53,10 @@ def expand_slots(layer: MoLoraLayer, name: str, x: Tensor, down: tuple[Tensor, t
         result: The frozen linear's output, `[..., out]`.
     """
     hidden, dtype = down
-    ranks, _ = _slots_of(layer, name, x, hidden)
+    ranks, weights, of_experts = _slots_of(layer, name, x, hidden)
+    if layer.watcher is not None:
+        gated = (hidden.unsqueeze(-2) * ranks * weights.unsqueeze(-1)).sum(dim=-2)
+        layer.watcher(layer, name, Seen(x, gated, of_experts))
     delta = layer.output(name, (hidden.unsqueeze(-2) * ranks).to(dtype))
     return (result.unsqueeze(-2) + delta).to(result.dtype)
 
@@ -70,12 +74,16 @@ def combine_slots(
         base: The frozen linear.
     """
     hidden, dtype = down
-    ranks, weights = _slots_of(layer, name, x, hidden)
+    ranks, weights, of_experts = _slots_of(layer, name, x, hidden)
     weights = weights.unsqueeze(-1)
-    result = base((weights * x).sum(dim=-2).to(x.dtype))
+    mixed = (weights * x).sum(dim=-2).to(x.dtype)
+    result = base(mixed)
     bias = getattr(layer.get_base_layer(), "bias", None)
     if bias is not None:
         # The frozen linear added its bias once; each expert has it with its weight.
         result = result + ((weights.sum(dim=-2) - 1) * bias).to(result.dtype)
-    delta = layer.output(name, (hidden * ranks * weights).sum(dim=-2).to(dtype))
+    gated = (hidden * ranks * weights).sum(dim=-2)
+    if layer.watcher is not None:
+        layer.watcher(layer, name, Seen(mixed, gated, of_experts))
+    delta = layer.output(name, gated.to(dtype))
     return (result + delta).to(result.dtype)

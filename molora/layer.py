@@ -2,49 +2,28 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import _get_in_out_features, check_adapters_to_merge
+from peft.tuners.tuners_utils import _get_in_out_features
 from peft.utils import quantization_extra_repr
-from peft.utils.other import transpose
 from torch import Tensor, nn
 
 from molora.bank import MoLoraLayer
 from molora.config import MoLoraConfig
 from molora.decide import Products, decide
-from molora.errors import MergeError, MoloraError
+from molora.errors import MoloraError
 from molora.ffn import combine_slots, expand_slots
 from molora.kernels import split_factors
 from molora.layouts import ACTIVATIONS, LAYOUTS
+from molora.merging import MergingMixin
 from molora.paths import fast_output
 from molora.plan import ModulePlan
-from molora.quantization import check_merge
-from molora.routing import Routing, route
-from molora.routing.precision import autocast_enabled, promote
+from molora.routing.precision import autocast_enabled
+from molora.watch import Seen
 
 BASE_ADAPTER = "__base__"
 """In `adapter_names`, stands for the base model without any adapter."""
-
-
-def cannot_merge(adapter_name: str, reads: frozenset[str]) -> MergeError:
-    """The refusal to merge an adapter that is no fixed linear map.
-
-    Args:
-        adapter_name: Name of the adapter.
-        reads: What its weights depend on, as in `ModulePlan.reads`.
-    """
-    given = [name for kind, name in (("task", "task_ids"), ("scores", "expert_scores")) if kind in reads]
-    if reads & {"input", "hidden", "state"}:
-        why = "routes every token by itself"
-    else:
-        why = f"weighs its experts by the {' and '.join(given)} of each row" if given else "has nonlinear experts"
-    return MergeError(
-        f"adapter {adapter_name!r} {why}, so no single weight reproduces it; merging would silently change the model. "
-        "Keep the adapter unmerged (it loads anywhere PEFT does after `import molora`), or train a mergeable mixture "
-        "with MoLoraConfig.from_preset('static')."
-    )
 
 
 class MoLoraModule(nn.Module, MoLoraLayer):
@@ -93,6 +72,8 @@ class MoLoraModule(nn.Module, MoLoraLayer):
         gated_by = split_factors if plan.num_splits > 1 else LAYOUTS[plan.layout].gated
         activation = ACTIVATIONS[plan.activation] if plan.activation else None
         gated = gated_by(hidden, weights, self.molora_ranks[adapter_name], activation)
+        if self.watcher is not None:
+            self.watcher(self, adapter_name, Seen(x, gated, weights))
         # An fp32 gate promotes a 16-bit hidden; without autocast the second product needs equal dtypes.
         return self.output(adapter_name, gated.to(dtype))
 
@@ -157,12 +138,7 @@ class MoLoraModule(nn.Module, MoLoraLayer):
 
     def is_routed(self, adapter_name: str) -> bool:
         """Whether what an adapter adds is no fixed linear map."""
-        if not self.has_adapter(adapter_name):
-            return False
-        plan = self.molora_plan[adapter_name]
-        group = self.molora_group.get(adapter_name)
-        nonlinear = plan.after or plan.activation is not None or (group is not None and group.spans_ffn)
-        return bool(plan.reads) or nonlinear or self._has_bias(adapter_name)
+        return self.has_adapter(adapter_name)
 
     def _has_bias(self, adapter_name: str) -> bool:
         return any(
@@ -175,7 +151,7 @@ class MoLoraModule(nn.Module, MoLoraLayer):
         return "molora." + super().__repr__()
 
 
-class MoLoraLinear(MoLoraModule):
+class MoLoraLinear(MergingMixin, MoLoraModule):
     """A frozen linear plus mixtures of LoRA experts: each active adapter adds `B((scale · gate(x)) ⊙ (A x))`.
 
     Args:
@@ -207,7 +183,7 @@ class MoLoraLinear(MoLoraModule):
         if adapter_names is not None:
             self._check_forward_args(x, adapter_names)
         if self.merged_adapters or self._is_off():
-            if self.merged_adapters and self._is_off():
+            if self.merged_adapters and self._disable_adapters:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
         if self.molora_group:
@@ -237,59 +213,6 @@ class MoLoraLinear(MoLoraModule):
         if not self.molora_group[name].is_last(self):
             return expand_slots(self, name, x, down, self.base_layer(x, *args, **kwargs))
         return combine_slots(self, name, x, down, lambda mixed: self.base_layer(mixed, *args, **kwargs))
-
-    def get_delta_weight(self, adapter_name: str) -> Tensor:
-        """The one weight an adapter adds, `[out, in]` (transposed for `Conv1D`), in the dtype of B.
-
-        Raises:
-            MergeError: If the gate depends on what is passed in.
-        """
-        if self.is_routed(adapter_name):
-            raise cannot_merge(adapter_name, self.molora_plan[adapter_name].reads)
-        lora_a, lora_b = self.matrices(adapter_name)
-        dtype = lora_b.dtype
-        weights = None
-        if self.molora_plan[adapter_name].router != "none":
-            weights = self._fixed_routing(adapter_name).weights
-        layout = LAYOUTS[self.molora_plan[adapter_name].layout]
-        gated = layout.gated(promote(lora_a).T, weights, self.molora_ranks[adapter_name], None)
-        delta = promote(lora_b) @ gated.T
-        return transpose(delta.to(dtype), self.fan_in_fan_out)
-
-    def _fixed_routing(self, adapter_name: str) -> Routing:
-        return route(self.router_of(adapter_name)(), self.molora_spec[adapter_name])
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the adapters' weights to the base weight.
-
-        Args:
-            safe_merge: Check the merged weight for NaN and infinity before it replaces the base weight.
-            adapter_names: Which to merge; the active ones by default.
-
-        Raises:
-            MergeError: If a gate depends on what is passed in, or quantised weights cannot be changed.
-            ValueError: If `safe_merge` finds a broken adapter.
-        """
-        check_merge(self.quantization_backend)
-        for name in check_adapters_to_merge(self, adapter_names):
-            if not self.has_adapter(name):
-                continue
-            weight = self.get_base_weight()
-            merged = weight + self.get_delta_weight(name).to(weight.dtype)
-            if safe_merge and not torch.isfinite(merged).all():
-                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-            self.set_base_weight(merged)
-            self.merged_adapters.append(name)
-
-    def unmerge(self) -> None:
-        """Take the merged adapters' weights out of the base weight again."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        while self.merged_adapters:
-            name = self.merged_adapters.pop()
-            weight = self.get_base_weight()
-            self.set_base_weight(weight - self.get_delta_weight(name).to(weight.dtype))
 
     def extra_repr(self) -> str:
         """Show the kind of quantisation, if any, in `print(model)`."""

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from molora.experts import RankMap
+from molora.fold import Factors, fold_factors, fold_pairs, fold_separate, fold_shared_a
 from molora.kernels import factors, pairs, separate, shared_a
 from molora.kernels.reference import Activation
 
@@ -35,19 +36,21 @@ class Layout:
 
     Attributes:
         gated: From the hidden to what B is multiplied with.
+        folded: From A, B and weights that are fixed to the plain LoRA they are.
         sizes: From the ranks of the experts and `r` of the config to the rows of A, and the columns of B as blocks of
             those that belong together when it is drawn.
     """
 
     gated: Callable[[Tensor, Tensor | None, RankMap, Activation | None], Tensor]
+    folded: Callable[[Tensor, Tensor, Tensor | None, RankMap], Factors]
     sizes: Callable[[tuple[int, ...], int | list[int]], tuple[int, tuple[int, ...]]] = _own_rows
 
 
 LAYOUTS: dict[str, Layout] = {
-    "separate": Layout(separate),
-    "shared_A": Layout(shared_a, _common_rows),
-    "pairs": Layout(pairs, _crossed_rows),
-    "factors": Layout(factors),
-    "shards": Layout(separate),
+    "separate": Layout(separate, fold_separate),
+    "shared_A": Layout(shared_a, fold_shared_a, _common_rows),
+    "pairs": Layout(pairs, fold_pairs, _crossed_rows),
+    "factors": Layout(factors, fold_factors),
+    "shards": Layout(separate, fold_separate),
 }
 """`shards`: one expert whose vectors are put together from pools (MoS); nothing is mixed."""

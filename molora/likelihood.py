@@ -119,7 +119,7 @@ def _score_batch(model: Any, pad: int, rows: Sequence[Prompted]) -> list[float]:
     device = next(model.parameters()).device
     ids, mask = pad_with_mask([row.prompt for row in rows], pad, "left", device)
     output = model(
-        input_ids=ids, attention_mask=mask, position_ids=_positions(mask), use_cache=True, **_last_only(model)
+        input_ids=ids, attention_mask=mask, position_ids=_positions(mask), use_cache=True, **last_logits_only(model)
     )
     owner = torch.tensor([index for index, row in enumerate(rows) for _ in row.completions], device=device)
     targets, target_mask = pad_with_mask([ids for row in rows for ids in row.completions], pad, "right", device)
@@ -160,6 +160,7 @@ def _positions(mask: torch.Tensor) -> torch.Tensor:
     return (mask.cumsum(dim=1) - 1).clamp(min=0)
 
 
-def _last_only(model: Any) -> dict[str, int]:
+def last_logits_only(model: Any) -> dict[str, int]:
+    """Keyword arguments by which a model computes the logits of the last position alone, if it can."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Unpack
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
@@ -17,11 +18,12 @@ from molora.bank import MoLoraLayer
 from molora.block import MoLoraBlock
 from molora.calls import scope_of
 from molora.config import MoLoraConfig
+from molora.export.stand_in import HowToMerge, stand_ins
 from molora.imported import LORAS
-from molora.layer import MoLoraLinear, cannot_merge
+from molora.layer import MoLoraLinear
 from molora.loading import check_base, load_experts
 from molora.placement import Placement, restrict_layers
-from molora.plan import ModulePlan, plan_module, routing_reads
+from molora.plan import ModulePlan, plan_module
 from molora.quantization import check_merge
 from molora.row_adapters import adapters_by_row
 from molora.targets import adapted_sizes, check_level, check_nesting, check_targets, is_linear, text_config
@@ -150,38 +152,62 @@ class MoLoraModel(BaseTuner):
         """Stop training the routers, or go on with it; see `molora.lifecycle.freeze_router`."""
         lifecycle.freeze_router(self, adapter_name, frozen)
 
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False, **how: Unpack[HowToMerge]
+    ) -> None:
         """Merge adapters into the base weights, all of them or, if one cannot be merged, none.
 
-        Raises:
-            MergeError: If an adapter's gate depends on the token.
-        """
-        self._refuse_routed(adapter_names)
-        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        Exact where mixing weights are fixed: by themselves, or by the `task`, `expert_scores` or `prompt` given.
 
-    def _unload_and_optionally_merge(
+        Args:
+            adapter_names: Which; the active ones by default.
+            safe_merge: Check merged weights for NaN and infinity.
+            **how: What fixes the mixing weights, or how to approximate; see `molora.export.stand_in.HowToMerge`.
+
+        Raises:
+            MergeError: If an adapter's gate depends on more than what is given.
+        """
+        with self._standing_in(adapter_names, how):
+            super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def merge_and_unload(
         self,
-        merge: bool = True,
         progressbar: bool = False,
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
+        **how: Unpack[HowToMerge],
     ) -> Any:
-        if merge:
-            self._refuse_routed(adapter_names)
-        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        """Merge adapters as `merge_adapter` does, and return the base model without them."""
+        with self._standing_in(adapter_names, how):
+            return super().merge_and_unload(progressbar, safe_merge, adapter_names)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
         self._scope.detach()
         return model
 
-    def _refuse_routed(self, adapter_names: list[str] | None) -> None:
-        # Before the first weight is touched: a layer that refuses in the middle would leave the others merged.
-        names = adapter_names or self.active_adapters
-        for name in names:
-            config = self.peft_config.get(name)
-            if isinstance(config, MoLoraConfig) and config.is_routed:
-                raise cannot_merge(name, routing_reads(config))
-        for module in self.model.modules():
-            if isinstance(module, MoLoraLayer) and any(map(module.has_adapter, names)):
-                check_merge(module.quantization_backend)
+    @contextmanager
+    def _standing_in(self, adapter_names: list[str] | None, how: HowToMerge) -> Iterator[None]:
+        """Choose for each adapter the plain LoRA that is merged for it, before the first weight is touched.
+
+        A layer that refuses in the middle would leave the others merged.
+        """
+        names = [name for name in adapter_names or self.active_adapters if name in self.peft_config]
+        layers = [m for m in self.model.modules() if isinstance(m, MoLoraLayer) and any(map(m.has_adapter, names))]
+        chosen = {name: stand_ins(self, name, **how) for name in names}
+        for layer in layers:
+            check_merge(layer.quantization_backend)
+        for layer in layers:
+            for name in names:
+                if layer.module_key in chosen[name] and name not in layer.merged_adapters:
+                    layer.molora_stand_in[name] = chosen[name][layer.module_key]
+        try:
+            yield
+        finally:
+            for layer in layers:
+                for name in names:
+                    if name not in layer.merged_adapters:
+                        layer.molora_stand_in.pop(name, None)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if hasattr(new_module, "base_layer"):

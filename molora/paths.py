@@ -40,8 +40,10 @@ def fast_output(
     """
     kernels, compiling = backend(), torch.compiler.is_compiling()
     by_triton = kernels == "triton" or (kernels == "auto" and x.is_cuda)
+    if kernels == "reference" or layer.watcher is not None:
+        return None
     # The compiler fuses the plain form by itself.
-    if kernels == "reference" or (compiling and not by_triton) or not (compiling or _is_plain_call(x)):
+    if (compiling and not by_triton) or not (compiling or _is_plain_call(x)):
         return None
     if adapter_names is not None:
         base = layer.base_layer

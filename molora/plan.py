@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from molora.config import MoLoraConfig
 from molora.config_losses import reads_hidden, view_dropout
+from molora.errors import ConfigError, Problem
 from molora.experts import lora_scale
 from molora.imported import by_pattern, expert_at
 from molora.routing import RoutingSpec, reads
@@ -70,9 +71,18 @@ class ModulePlan:
         object.__setattr__(self, "reads", reads)
         plain = self.layout == "separate" and self.activation is None and self.num_splits == 1 and not self.frozen_rank
         by_token = self.router == "linear" and self.level == "token" and self.router_input == "module"
-        even = len(set(self.ranks)) == 1 and len(set(self.scales)) == 1
+        even = len(set(self.ranks)) == 1 and len(set(self.scales)) == 1 and self.ranks[0] > 0
         object.__setattr__(self, "is_common", plain and by_token and even and not self.after)
         object.__setattr__(self, "per_sequence", self.router != "none" and by_row)
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether the weights are the same whatever is passed in, if only because there is nothing to choose from."""
+        spec = self.spec
+        alone = self.num_experts == 1 and not spec.null_experts and spec.gate == "softmax" and spec.min_logit is None
+        whole = spec.selection in ("dense", "top_k", "top_p") and spec.weights in ("probability", "selected_softmax")
+        full = not spec.shared_experts or spec.shared_weight == "one"
+        return not self.reads or (alone and whole and full and self.num_splits == 1)
 
     @property
     def bank_experts(self) -> int:
@@ -203,6 +213,9 @@ def _bank(
         ranks = (r,) * (num_experts + config.shared_experts)
     else:
         ranks = tuple(r)
+        if len(ranks) != num_experts + config.shared_experts:
+            message = f"{key} has {num_experts} experts, and its ranks are {list(ranks)}; give one for each."
+            raise ConfigError([Problem("rank_pattern", message)], "invalid MoLoraConfig")
     total = sum(ranks)
     scales = tuple(
         lora_scale(lora_alpha, total if config.scale_by == "total" else rank, config.use_rslora) for rank in ranks
