@@ -83,7 +83,7 @@ def read_lora(folder: str | Path, name: str | None = None) -> ImportedLora:
         ConfigError: Listing everything that keeps it from being exactly a sum of `B A`.
     """
     where = str(folder)
-    config = _read_config(where)
+    config = read_config(where)
     kind = config.get("peft_type")
     if kind not in ("LORA", "MOLORA"):
         message = f"got {kind!r}; only plain LoRA adapters ('LORA') and single molora experts ('MOLORA') are imported."
@@ -159,7 +159,12 @@ def _tensor_problems(lora: ImportedLora, tensors: Mapping[str, Tensor], where: s
             yield Problem(module, f"has a gate of {gate.numel()} numbers for an input of {a.shape[1]}.", where)
 
 
-def _read_config(where: str) -> dict[str, Any]:
+def read_config(where: str) -> dict[str, Any]:
+    """Read the config of an adapter folder, of any kind.
+
+    Raises:
+        ConfigError: If there is no folder, no config, or none that can be read.
+    """
     path = Path(where)
     if not path.is_dir():
         message = "is no folder; give one that PEFT's `save_pretrained` wrote, downloaded if it lies on the hub."
