@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from molora.errors import Problem, one_of
@@ -61,10 +61,10 @@ def _is_number(value: object, low: float, high: float = math.inf) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and low < value <= high and value < math.inf
 
 
-def _is_rank(value: object, length: int | None) -> bool:
+def _is_rank(value: object, lengths: Collection[int], least: int = 1) -> bool:
     """Whether a value is a rank, or a list of as many as there are experts in the bank."""
     if isinstance(value, list | tuple):
-        return len(value) == length and all(_is_int(r, 1) for r in value)
+        return len(value) in lengths and all(_is_int(r, least) for r in value)
     return _is_int(value, 1)
 
 
@@ -105,22 +105,28 @@ def _check_ranks(config: Config) -> Iterator[Problem]:
             f"got {config.num_experts!r}; must be an integer of at least 1, or a list of them that goes with depth.",
         )
         return
-    length: int | None = None
+    lengths: Collection[int] = ()
     if config.expert_layout == "pairs":
-        length, lists = 2, "a list of two, rows of A and columns of B"
+        lengths, lists = (2,), "a list of two, rows of A and columns of B"
     elif len(numbers) > 1:
         lists = "the same for all experts, as `num_experts` is a list"
     else:
         shared = config.shared_experts if _is_int(config.shared_experts, 0) else 0
-        length = numbers[0] + shared
-        lists = f"a list of {length} of them, one for each of the `num_experts`" + " and shared experts" * bool(shared)
-    given = [("r", "", config.r)]
-    if isinstance(config.rank_pattern, Mapping):
-        given += [("rank_pattern", f"{pattern!r}: ", r) for pattern, r in config.rank_pattern.items()]
-    for name, where, r in given:
-        if not _is_rank(r, length):
+        lengths = (numbers[0] + shared,)
+        lists = f"a list of {lengths[0]} of them, one for each of the `num_experts`"
+        lists += " and shared experts" * bool(shared)
+    if not _is_rank(config.r, lengths):
+        yield Problem("r", f"got {config.r!r}; must be an integer of at least 1 (the rank of one expert), or {lists}.")
+    # In a module of its own an expert may have no rank, as where it was pruned.
+    named = config.rank_pattern.items() if isinstance(config.rank_pattern, Mapping) else ()
+    of_depth = len(numbers) > 1 and config.expert_layout != "pairs"
+    if of_depth:
+        lengths, lists = numbers, "a list of as many as the module has experts"
+    for pattern, r in named:
+        if not _is_rank(r, lengths, least=1 if config.expert_layout == "pairs" else 0):
             yield Problem(
-                name, f"{where}got {r!r}; must be an integer of at least 1 (the rank of one expert), or {lists}."
+                "rank_pattern",
+                f"{pattern!r}: got {r!r}; must be an integer of at least 1 (the rank of one expert), or {lists}.",
             )
 
 

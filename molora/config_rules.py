@@ -189,6 +189,8 @@ def _check_layout(config: Config) -> Iterator[Problem]:
     layout, unequal = config.expert_layout, isinstance(config.r, list)
     if layout in ("shared_A", "factors", "shards") and unequal:
         yield Problem("r", f"expert_layout={layout!r} needs the same rank for every expert; set one number.")
+    if layout in ("shared_A", "factors", "shards") and any(isinstance(r, list) for r in config.rank_pattern.values()):
+        yield Problem("rank_pattern", f"expert_layout={layout!r} needs the same rank for every expert in a module.")
     if layout == "pairs":
         if not unequal or config.r[0] * config.r[1] != config.num_experts:
             yield Problem(

@@ -5,19 +5,20 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from molora.bank import MoLoraLayer
 from molora.config import MoLoraConfig
 from molora.errors import MoloraError
 from molora.groups import RoutingGroup
 from molora.imported import LORAS
-from molora.plan import ModulePlan, plan_module
+from molora.plan import plan_module
 from molora.siblings import SharedInput
+from molora.snapshot import Snapshot
 from molora.targets import text_config
 
 _INDEPENDENT_GATES = ("sigmoid", "relu", "relaxed_bernoulli", "identity")
@@ -59,7 +60,7 @@ def add_experts(
             "freeze_existing needs the same number of experts everywhere and no shared ones; "
             "pass freeze_existing=False."
         )
-    fields: dict[str, Any] = {"r": _grown_rank(config, n, r)}
+    fields: dict[str, Any] = {"r": _grown_rank(config, n, r), "rank_pattern": _grown_patterns(config, n, r)}
     if isinstance(config.num_experts, int):
         fields["num_experts"] = config.num_experts + n
     else:
@@ -100,8 +101,13 @@ def drop_experts(model: nn.Module, experts: Iterable[int], adapter_name: str = "
         "num_experts": len(kept),
         "frozen_experts": sum(index < config.frozen_experts for index in kept),
     }
-    if isinstance(config.r, list):
-        fields["r"] = [config.r[index] for index in kept] + config.r[config.num_experts :]
+    number = config.num_experts
+
+    def rest(r: Any) -> Any:
+        return [r[index] for index in kept] + r[number:] if isinstance(r, list) else r
+
+    fields["r"] = rest(config.r)
+    fields["rank_pattern"] = {name: rest(r) for name, r in config.rank_pattern.items()}
     if config.imported_experts is not None:
         known = config.imported_experts
         fields["imported_experts"] = [known[index] for index in kept if index < len(known)]
@@ -156,6 +162,19 @@ def _grown_rank(config: MoLoraConfig, n: int, r: int | None) -> int | list[int]:
     return [config.r] * config.num_experts + [r] * n + [config.r] * config.shared_experts
 
 
+def _grown_patterns(config: MoLoraConfig, n: int, r: int | None) -> dict[str, Any]:
+    """Patterns that name each expert's rank, with those of the new ones before the shared ones'."""
+    grown: dict[str, Any] = dict(config.rank_pattern)
+    for name, ranks in grown.items():
+        if isinstance(ranks, list):
+            rank = r if r is not None else config.r
+            if not isinstance(rank, int):
+                raise MoloraError("the experts have unequal ranks; pass `r`, the rank of the new ones.")
+            routed = len(ranks) - config.shared_experts
+            grown[name] = ranks[:routed] + [rank] * n + ranks[routed:]
+    return grown
+
+
 def _config(model: nn.Module, adapter_name: str) -> MoLoraConfig:
     known = getattr(model, "peft_config", {})
     config = known.get(adapter_name) if isinstance(known, dict) else None
@@ -185,7 +204,7 @@ def _rebuild(model: nn.Module, adapter_name: str, fields: dict[str, Any], order_
     for layer in layers:
         plan = layer.molora_plan[adapter_name]
         grown = plan_module(new, layer.module_key, num_layers, kind=(plan.position, plan.of_kind))
-        old, others = _Snapshot(layer, adapter_name), _parameters_of_others(layer, adapter_name)
+        old, others = Snapshot(layer, adapter_name), _parameters_of_others(layer, adapter_name)
         trained = [parameter.requires_grad for parameter in others]
         group = _successor(old.group, groups)
         reads = inputs.setdefault(id(old.reads), SharedInput()) if old.reads is not None else None
@@ -211,83 +230,3 @@ def _successor(group: RoutingGroup | None, groups: dict[int, RoutingGroup]) -> R
     if id(group) not in groups:
         groups[id(group)] = RoutingGroup(group.name, group.decides_once, group.feature_size, group.spans_ffn)
     return groups[id(group)]
-
-
-class _Snapshot:
-    """The values one module holds for an adapter, to be put into a larger or smaller one."""
-
-    def __init__(self, layer: MoLoraLayer, name: str) -> None:
-        self.plan: ModulePlan = layer.molora_plan[name]
-        self.group = layer.molora_group.get(name)
-        self.reads = layer.molora_input.get(name)
-        self.before = layer.molora_before.get(name)
-        self.matrices = [matrix.detach().clone() for matrix in layer.matrices(name)]
-        self.bias = _bank_bias(layer, name)
-        parts = ("molora_router", "molora_threshold", "molora_blend", "molora_bias")
-        self.parts = {part: getattr(layer, part)[name] for part in parts if name in getattr(layer, part)}
-
-    def restore(self, layer: MoLoraLayer, name: str, order: Sequence[int | None]) -> None:
-        """Copy what is kept; `order` names for each routed expert the old one it was, or `None` for a fresh one."""
-        shared = range(self.plan.num_experts, self.plan.bank_experts)
-        self._restore_dtypes(layer, name)
-        self._restore_bank(layer, name, [*order, *shared])
-        nulls = range(self.plan.num_experts, self.plan.num_experts + self.plan.spec.null_experts)
-        for part, old in self.parts.items():
-            new = getattr(layer, part)[name]
-            sized = old.by_expert() if part == "molora_router" else {}
-            if part == "molora_bias":
-                sized = {"weight": (old.weight.data, 0)}
-            targets = new.by_expert() if part == "molora_router" else {"weight": (new.weight.data, 0)} if sized else {}
-            for key, value in old.named_parameters():
-                if key in sized:
-                    _take(targets[key][0], sized[key][0], sized[key][1], [*order, *nulls])
-                else:
-                    dict(new.named_parameters())[key].data.copy_(value)
-
-    def _restore_dtypes(self, layer: MoLoraLayer, name: str) -> None:
-        """New parts come in the dtype of the base layer, and trained ones are often kept in a finer one."""
-        for downs, ups, _ in layer.banks(name):
-            downs.to(self.matrices[0].dtype)
-            ups.to(self.matrices[1].dtype)
-        for part, old in self.parts.items():
-            for parameter in old.parameters():
-                getattr(layer, part)[name].to(parameter.dtype)
-
-    def _restore_bank(self, layer: MoLoraLayer, name: str, order: Sequence[int | None]) -> None:
-        rows = _rank_order(self.plan, layer.molora_plan[name], order)
-        start = 0
-        for downs, ups, _ in layer.banks(name):
-            size = ups.weight.shape[1]
-            part = rows[start : start + size]
-            if self.plan.layout == "shared_A":
-                downs.weight.copy_(self.matrices[0])
-            else:
-                _take(downs.weight.data, self.matrices[0], 0, part)
-            _take(ups.weight.data, self.matrices[1], 1, part)
-            if self.bias is not None:
-                _take(downs.bias.data, self.bias, 0, part)
-            start += size
-
-
-def _bank_bias(layer: MoLoraLayer, name: str) -> Tensor | None:
-    biases = [downs.bias for downs, _, _ in layer.banks(name) if downs.bias is not None]
-    return torch.cat([bias.detach().clone() for bias in biases]) if biases else None
-
-
-def _rank_order(old: ModulePlan, new: ModulePlan, order: Sequence[int | None]) -> list[int | None]:
-    """For each rank of the new bank the old rank it was, or `None`."""
-    starts = [sum(old.ranks[:expert]) for expert in range(old.bank_experts)]
-    ranks: list[int | None] = []
-    for expert, rank in zip(order, new.ranks, strict=True):
-        ranks += [None] * rank if expert is None else [*range(starts[expert], starts[expert] + rank)]
-    return ranks
-
-
-def _take(target: Tensor, source: Tensor, dim: int, order: Sequence[int | None]) -> None:
-    """Copy the parts of `source` that `order` names into `target`, both along `dim`."""
-    places = [place for place, origin in enumerate(order) if origin is not None]
-    origins = [origin for origin in order if origin is not None]
-    if places:
-        index = torch.tensor(places, device=target.device)
-        values = source.index_select(dim, torch.tensor(origins, device=source.device)).to(target)
-        target.index_copy_(dim, index, values)

@@ -365,3 +365,22 @@ def test_a_merged_adapter_is_unmerged_first():
     with pytest.warns(UserWarning, match="outputs change"):
         model.base_model.add_experts(1)
     logits_of(model)
+
+
+@pytest.mark.parametrize("scale_by", ["expert", "total"])
+@torch.no_grad()
+def test_experts_that_stay_do_what_they_did_whatever_scales_follow(scale_by):
+    """Also where `rank_pattern` names the rank of each expert, some of them 0."""
+    pattern = {"layers.0.self_attn.q_proj": [2, 0, 3, 1]}
+    model = methods.build("molora", num_experts=4, r=2, rank_pattern=pattern, scale_by=scale_by)
+    alone = torch.tensor([0.0, 0.0, 1.0, 0.0])
+    expected = model(input_ids=methods.tokens(), expert_weights=alone).logits
+    model.drop_experts([0, 1])
+    assert model.peft_config["default"].rank_pattern == {"layers.0.self_attn.q_proj": [3, 1]}
+    kept = model(input_ids=methods.tokens(), expert_weights=torch.tensor([1.0, 0.0])).logits
+    torch.testing.assert_close(kept, expected, rtol=1e-4, atol=1e-5)
+    with pytest.warns(UserWarning, match="share a softmax gate"):
+        model.add_experts(1, freeze_existing=False)
+    assert model.peft_config["default"].rank_pattern == {"layers.0.self_attn.q_proj": [3, 1, 2]}
+    grown = model(input_ids=methods.tokens(), expert_weights=torch.tensor([1.0, 0.0, 1.0])).logits
+    torch.testing.assert_close(grown, expected, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,99 @@
+"""The report of a slimming: a file beside the adapter, and a table for a terminal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from molora.slim.adapter import Adapter
+from molora.slim.changes import ModuleChange, Slimmed
+from molora.slim.measure import Quality
+
+SLIM_FILE = "molora_slim.json"
+"""Written beside the adapter: what was removed from each module, and what it cost."""
+
+
+def report_of(slim: Slimmed, before: Adapter, quality: Quality | None = None) -> dict[str, Any]:
+    """What is written to `molora_slim.json`.
+
+    Args:
+        slim: What was done.
+        before: The adapter it was done to.
+        quality: What it cost on held-out rows, if that was measured.
+    """
+    return {
+        "operation": slim.operation,
+        "options": slim.options,
+        "exact_on_calibration_data": slim.exact,
+        "notes": slim.notes,
+        "parameters": {"before": before.parameters(), "after": slim.adapter.parameters()},
+        "quality": None if quality is None else quality.as_dict(),
+        "modules": {name: asdict(change) for name, change in slim.modules.items()},
+    }
+
+
+def write_report(report: Mapping[str, Any], folder: Path) -> None:
+    """Write a report into an adapter folder."""
+    (folder / SLIM_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def slim_table(modules: Mapping[str, ModuleChange], rows: int = 40) -> Table:
+    """What was done to each module, those first whose output changed most.
+
+    Args:
+        modules: The changes.
+        rows: How many to show.
+    """
+    table = Table("module", "removed")
+    for name in ("rank", "parameters", "gate mass removed", "output error"):
+        table.add_column(name, justify="right")
+    changed = [(name, one) for name, one in modules.items() if _differs(one)]
+    ordered = sorted(changed, key=lambda pair: -(pair[1].error or 0.0))
+    for name, one in ordered[:rows]:
+        table.add_row(
+            name,
+            _removed(one),
+            f"{one.rank_before} → {one.rank_after}",
+            f"{one.parameters_before:,} → {one.parameters_after:,}",
+            "-" if one.mass_removed is None else f"{one.mass_removed:.2%}",
+            "-" if one.error is None else f"{one.error:.3g}",
+        )
+    if len(ordered) > rows:
+        table.caption = f"and {len(ordered) - rows} more in {SLIM_FILE}"
+    return table
+
+
+def summary(slim: Slimmed, before: Adapter, quality: Quality | None) -> list[str]:
+    """Sentences about the whole adapter."""
+    old, new = before.parameters(), slim.adapter.parameters()
+    changed = sum(map(_differs, slim.modules.values()))
+    lines = [
+        f"{slim.operation.capitalize()} in {changed} of {len(slim.modules)} modules: {new:,} of {old:,} parameters "
+        f"are left ({new / old:.1%})."
+    ]
+    if slim.exact:
+        lines.append("Exact on the calibration data: nothing that was removed had any weight there.")
+    lines += slim.notes
+    if quality is not None:
+        lines.append(
+            f"On {quality.tokens:,} held-out tokens: KL {quality.kl:.4g} nats, perplexity "
+            f"{quality.perplexity_before:.4g} before and {quality.perplexity_after:.4g} after."
+        )
+    return lines
+
+
+def _differs(change: ModuleChange) -> bool:
+    merged = any(len(group) > 1 for group in change.groups)
+    return bool(change.removed) or merged or change.rank_before != change.rank_after
+
+
+def _removed(change: ModuleChange) -> str:
+    if change.groups:
+        return " ".join("+".join(map(str, group)) for group in change.groups if len(group) > 1)
+    shown = ", ".join(map(str, change.removed[:8]))
+    return shown + (f" and {len(change.removed) - 8} more" if len(change.removed) > 8 else "")
