@@ -9,7 +9,6 @@ generation.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import torch
 
 from molora.data.collate import Side, pad_rows
 from molora.errors import MoloraError
+from molora.heads import last_logits_only
 from molora.routing.inputs import continuing_rows, routing_inputs, scopes
 
 # Completion positions scored in one forward: the fp32 copy of their logits stays near 200 MB at a vocabulary of 50k.
@@ -158,9 +158,3 @@ def pad_with_mask(
 
 def _positions(mask: torch.Tensor) -> torch.Tensor:
     return (mask.cumsum(dim=1) - 1).clamp(min=0)
-
-
-def last_logits_only(model: Any) -> dict[str, int]:
-    """Keyword arguments by which a model computes the logits of the last position alone, if it can."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}

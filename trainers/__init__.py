@@ -11,6 +11,8 @@ from molora.trainers.control import RoutingControlCallback
 from molora.trainers.mixin import RoutingLossMixin
 
 if TYPE_CHECKING:
+    from molora.trainers.distillation import DistillationMixin, DistillationOptions, DistillationTrainer, distil
+    from molora.trainers.distillation_sft import DistillationSFTTrainer
     from molora.trainers.online import MoLoraGRPOTrainer, MoLoraRLOOTrainer
     from molora.trainers.preference import MoLoraDPOTrainer, MoLoraKTOTrainer, MoLoraRewardTrainer
     from molora.trainers.sft import MoLoraSFTTrainer
@@ -18,6 +20,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "TASK_IDS",
+    "DistillationMixin",
+    "DistillationOptions",
+    "DistillationSFTTrainer",
+    "DistillationTrainer",
     "MoLoraDPOTrainer",
     "MoLoraGRPOTrainer",
     "MoLoraKTOTrainer",
@@ -29,9 +35,14 @@ __all__ = [
     "RoutingControlCallback",
     "RoutingLossMixin",
     "RoutingScheduleCallback",
+    "distil",
 ]
 
 _HOMES = {
+    "DistillationMixin": "distillation",
+    "DistillationOptions": "distillation",
+    "DistillationSFTTrainer": "distillation_sft",
+    "DistillationTrainer": "distillation",
     "MoLoraDPOTrainer": "preference",
     "MoLoraGRPOTrainer": "online",
     "MoLoraKTOTrainer": "preference",
@@ -40,6 +51,7 @@ _HOMES = {
     "MoLoraSFTTrainer": "sft",
     "MoLoraSeq2SeqTrainer": "transformers_trainer",
     "MoLoraTrainer": "transformers_trainer",
+    "distil": "distillation",
 }
 """Trainers by the module they are imported from when first asked for: each costs the import of its base."""
 

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from molora.adapters import read_adapter_config, read_adapter_tensors
-from molora.base import ensure_pad_token, load_base
-from molora.commands.needs import known_tasks, reads_scores, reads_tasks, scores_per_row
+from molora.commands.needs import reads_scores, reads_tasks, scores_per_row, task_id
 from molora.config import MoLoraConfig
 from molora.errors import ConfigError, Problem, did_you_mean
-from molora.quantization import Quantization
+from molora.loaded import load_adapted
+from molora.report import known_tasks
 
 
 def run(
@@ -44,21 +42,10 @@ def run(
         ConfigError: If there is no adapter in the folder, its base model is not known, or its routing needs something
             that is not given.
     """
-    # PEFT asks transformers by an old name; nothing a user of this command could change.
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     config = read_adapter_config(directory)
     read_adapter_tensors(directory)  # a damaged file is better found before the base model is loaded
     given = _routing_inputs(directory, config, task, scores)
-    name = base_model or config.base_model_name_or_path
-    if not name:
-        raise ConfigError([Problem("base_model", f"{directory} does not name its base model; pass --base-model.")])
-    quantization = None if base_model else Quantization.of_run(directory)
-    base, tokenizer = load_base(name, quantization=quantization)
-    model = PeftModel.from_pretrained(base, directory).eval()
-    if (Path(directory) / "tokenizer_config.json").exists():
-        # Saved with the adapter: the chat template it was trained with.
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-        ensure_pad_token(tokenizer, base.config.get_text_config().vocab_size)
+    model, tokenizer = load_adapted(directory, config, base_model)
     for prompt in prompts:
         print(answer(model, tokenizer, prompt, max_new_tokens, temperature, given), flush=True)  # noqa: T201
     return 0
@@ -71,7 +58,7 @@ def _routing_inputs(
     problems, given = [], {}
     if reads_tasks(config):
         names, number = known_tasks(directory), config.num_tasks or 1
-        index = _task_id(task, names, number)
+        index = task_id(task, names, number)
         if index is None:
             known = [f"{place} {name}" for place, name in enumerate(names)] or [f"numbers from 0 to {number - 1}"]
             said = "the routing reads the prompt's task; name it." if task is None else f"there is no task {task!r}."
@@ -92,13 +79,6 @@ def _routing_inputs(
     if problems:
         raise ConfigError(problems, f"cannot generate with {directory}")
     return given
-
-
-def _task_id(task: str | None, names: list[str], number: int) -> int | None:
-    """The id of a task given by name or number, or `None`."""
-    if task in names:
-        return names.index(task)
-    return int(task) if task is not None and task.isdecimal() and int(task) < number else None
 
 
 @torch.no_grad()
