@@ -6,13 +6,16 @@ PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c 
 # hqq, which tests of quantised models need, would build CUDA kernels while it is installed.
 export DISABLE_CUDA := 1
 
-.PHONY: quickstart test test-quantization lint types clean
+.PHONY: quickstart test test-eval test-readers test-quantization lint types clean
 
 quickstart: $(VENV)/quickstart.done
 	$(VENV)/bin/molora train configs/quickstart.yaml $(ARGS)
 
 test: $(VENV)/test.done
 	$(VENV)/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+test-eval: $(VENV)/test-eval.done
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal tests/test_harness.py $(ARGS)
 
 test-quantization: $(VENV)/test-quantization.done
 	$(VENV)/bin/python -m pytest -n 2 --dist worksteal tests/test_quantization.py tests/test_quantization_run.py $(ARGS)
@@ -41,6 +44,10 @@ $(VENV)/quickstart.done: $(VENV)/base.done
 
 $(VENV)/test.done: $(VENV)/quickstart.done
 	$(PIP) -e ".[test]"
+	touch $@
+
+$(VENV)/test-eval.done: $(VENV)/test.done
+	$(PIP) -e ".[eval]"
 	touch $@
 
 $(VENV)/test-quantization.done: $(VENV)/test.done

@@ -14,6 +14,8 @@ _RUN_COMMANDS = {
     "plan": (handlers.plan, "show what `train` would do, without training"),
 }
 _COMPOSE_OPTIONS = ("--base-model", "--adapter", "--preset", "--shots", "--select")
+_TARGETS = "lora, experts or tasks (plain LoRAs), dense (a merged model), gguf-lora or gguf (for llama.cpp)"
+_CALIBRATE = "rows to fit to, may be given several times; without FILE the data the adapter was trained on"
 _FIELDS = "fields of the adapter to change: --key value, --key=value or key=value; top_k=3"
 _OVERRIDES = "keys of the run file to change: --key value, --key=value or key=value; datasets.0.max_samples=10"
 
@@ -119,12 +121,84 @@ def _build() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser
     compose.add_argument("--shots", metavar="FILE", help="a few examples of the task, for --select and lorahub")
     compose.add_argument("--select", type=_count, metavar="K", help="keep the K adapters that suit the examples best")
     compose.add_argument("overrides", nargs="*", default=[], metavar="OVERRIDE", help=_FIELDS)
+    _add_export(add("export", handlers.export, "write an adapter in a form that needs no molora"), merging=False)
+    _add_export(add("merge", handlers.merge, "merge an adapter into its base model: export --as dense"), merging=True)
+    _add_eval(add("eval", handlers.evaluate, "score an adapter or a model with lm-evaluation-harness"))
+    _add_prune(add("prune", handlers.prune, "make a trained mixture smaller"))
+    imports = add("import", handlers.import_adapter, "turn adapters of other libraries into one of molora")
+    imports.add_argument("directories", nargs="+", metavar="DIR", help="their folders, and last the new one")
+    imports.add_argument("--base-model", metavar="X", help="name or folder; default the one the adapter names")
+    imports.add_argument("--preset", metavar="NAME", help="how to mix several plain LoRAs")
+    imports.add_argument(
+        "--adapter", action="append", default=[], metavar="NAME=DIR", help="for X-LoRA: where one of its LoRAs lies"
+    )
     inspect = add("inspect", handlers.inspect, "show what an adapter's folder holds")
     inspect.add_argument("directory", metavar="DIR", help="the adapter's folder")
     add("presets", handlers.presets, "list the published methods a run file can start from")
     add("schema", handlers.schema, "print the JSON Schema of a run file")
     add("env", handlers.env, "print versions and settings, for bug reports")
     return parser, commands
+
+
+def _add_export(parser: argparse.ArgumentParser, merging: bool) -> None:
+    """Add the arguments of `export`, which are those of `merge` too, where they concern a dense model."""
+    parser.add_argument("directory", metavar="DIR", help="the adapter's folder")
+    parser.add_argument("out", metavar="OUT", help="new folder; nothing is overwritten")
+    if not merging:
+        parser.add_argument("--as", dest="target", required=True, metavar="WHAT", help=_TARGETS)
+    fitting = parser.add_argument_group("adapters that route every token: the nearest plain LoRA")
+    fitting.add_argument("--calibrate", action="append", nargs="?", const="", metavar="FILE", help=_CALIBRATE)
+    fitting.add_argument("--method", metavar="NAME", help="uniform, usage, calibrated (default) or distilled")
+    fitting.add_argument("--joint", action="store_true", help="fit block after block, on what earlier ones hand on")
+    fitting.add_argument("--rows", type=_count, default=256, metavar="N", help="calibration rows; default 256")
+    fitting.add_argument("--distill-steps", type=_count, default=60, metavar="N", help="for distilled; default 60")
+    fitting.add_argument("--distill-learning-rate", type=_positive, default=2e-4, metavar="X", help="default 2e-4")
+    fitting.add_argument("--score", action="append", default=[], metavar="FILE", help="rows to score tasks on")
+    fitting.add_argument("--no-evaluate", dest="evaluate", action="store_false", help="score no tasks")
+    fitting.add_argument("--seed", type=int, default=0, metavar="N", help="of every draw; default 0")
+    fixing = parser.add_argument_group("adapters whose mixture is fixed by what they are given: exact")
+    fixing.add_argument("--task", metavar="T", help="name or id of a task")
+    fixing.add_argument("--scores", dest="expert_scores", type=_numbers, metavar="N,N,...", help="one per expert")
+    fixing.add_argument("--prompt", metavar="TEXT", help="what follows this prompt")
+    parser.add_argument("--rank", type=_count, metavar="R", help="cut the result down to this rank")
+    parser.add_argument("--base-model", metavar="X", help="name or folder; default the one it was trained on")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default the run's or the model's")
+    if merging:
+        parser.add_argument("--dequantize", action="store_true", help="undo the base model's quantisation and merge")
+        return
+    parser.add_argument("--bias", action="store_true", help="fit a constant per output too; PEFT alone loads it")
+    parser.add_argument("--group-size", type=_count, metavar="N", help="for experts: how many in one LoRA")
+    parser.add_argument("--dequantize", action="store_true", help="for dense: undo the base model's quantisation")
+    parser.add_argument("--gguf-base", metavar="FILE", help="for gguf: a GGUF file of the base model")
+    parser.add_argument("--outtype", metavar="TYPE", help="for gguf and gguf-lora: f32, f16, ...")
+
+
+def _add_eval(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", metavar="DIR", help="folder of an adapter, molora's or PEFT's, or of a model")
+    parser.add_argument("--tasks", type=_names, default=[], metavar="A,B,...", help="names of the harness's tasks")
+    parser.add_argument("--include-path", metavar="P", help="folder with further task files")
+    parser.add_argument("--data", action="append", default=[], metavar="FILE", help="rows as `train` reads them")
+    parser.add_argument("--limit", type=_count, metavar="N", help="rows of each task")
+    parser.add_argument("--batch-size", type=_count, default=8, metavar="N", help="default 8")
+    parser.add_argument("--base-model", metavar="X", help="name or folder; default the one it was trained on")
+    parser.add_argument("--task", metavar="T", help="name or id of the task of all rows, if the adapter routes by it")
+    parser.add_argument("--scores", type=_numbers, metavar="N,N,...", help="a number per expert, likewise")
+    parser.add_argument("--output", metavar="FILE", help="write the scores there too, as JSON")
+
+
+def _add_prune(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", metavar="DIR", help="the adapter's folder")
+    parser.add_argument("out", metavar="OUT", help="new folder; nothing is overwritten")
+    what = parser.add_argument_group("what to do, one of")
+    what.add_argument("--below", type=_share, metavar="X", help="empty experts that a share below X of tokens selects")
+    what.add_argument("--drop", type=_indices, metavar="N,N,...", help="remove these experts everywhere")
+    what.add_argument("--keep-energy", type=_share, metavar="X", help="take out the ranks that contribute least")
+    what.add_argument("--rank", type=_count, metavar="R", help="bring every expert down to rank R")
+    what.add_argument("--merge-to", type=_count, metavar="N", help="make similar experts one, until N are left")
+    parser.add_argument("--calibrate", action="append", nargs="?", const="", metavar="FILE", help=_CALIBRATE)
+    parser.add_argument("--rows", type=_count, default=256, metavar="N", help="calibration rows; default 256")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the draw; default 0")
+    parser.add_argument("--base-model", metavar="X", help="name or folder; default the one it was trained on")
 
 
 class _Version(argparse.Action):
@@ -144,6 +218,36 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}; must be a whole number of at least 1")
     return int(text)
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"got {text!r}; must be a number above 0")
+    return value
+
+
+def _names(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}; must be a share between 0 and 1")
+    return value
+
+
+def _indices(text: str) -> list[int]:
+    if not all(part.strip().isdecimal() for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"got {text!r}; must be indices with commas between them, as in 1,4")
+    return [int(part) for part in text.split(",")]
 
 
 def _numbers(text: str) -> list[float]:

@@ -66,6 +66,53 @@ def compose(arguments: Namespace) -> int:
     )
 
 
+_NOT_OPTIONS = ("handler", "words", "debug", "version", "directory", "out", "calibrate")
+
+
+def _files(arguments: Namespace) -> list[str] | None:
+    """Files to calibrate with; `--calibrate` without one stands for the data of the run, which is an empty list."""
+    return None if arguments.calibrate is None else [file for file in arguments.calibrate if file]
+
+
+def export(arguments: Namespace) -> int:
+    """`molora export`."""
+    from molora.commands.export import run
+
+    options = {name: value for name, value in vars(arguments).items() if name not in _NOT_OPTIONS}
+    options["score"] = tuple(arguments.score)
+    return run(arguments.directory, arguments.out, calibrate=_files(arguments), **options)
+
+
+def merge(arguments: Namespace) -> int:
+    """`molora merge`."""
+    arguments.target = "dense"
+    return export(arguments)
+
+
+def evaluate(arguments: Namespace) -> int:
+    """`molora eval`."""
+    from molora.commands.evaluate import run
+
+    options = {name: value for name, value in vars(arguments).items() if name not in _NOT_OPTIONS}
+    return run(arguments.directory, **options)
+
+
+def prune(arguments: Namespace) -> int:
+    """`molora prune`."""
+    from molora.commands.prune import run
+
+    options = {name: value for name, value in vars(arguments).items() if name not in _NOT_OPTIONS}
+    return run(arguments.directory, arguments.out, calibrate=_files(arguments), **options)
+
+
+def import_adapter(arguments: Namespace) -> int:
+    """`molora import`."""
+    from molora.commands.import_adapter import run
+
+    *folders, out = arguments.directories
+    return run(folders, out, base_model=arguments.base_model, preset=arguments.preset, adapters=arguments.adapter)
+
+
 def inspect(arguments: Namespace) -> int:
     """`molora inspect`."""
     from molora.commands.inspect import run

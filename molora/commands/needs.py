@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from molora.config import MoLoraConfig
 from molora.data import TaskData
 from molora.errors import ConfigError, Problem
 from molora.losses import TASK_IDS, loss_needs
 from molora.plan import routing_reads
-from molora.report import REPORT_FILE
 from molora.runfile import RunFile
 
 
@@ -31,13 +28,19 @@ def scores_per_row(config: MoLoraConfig) -> list[int]:
     return sorted({number + config.null_experts for number in numbers})
 
 
-def known_tasks(directory: str) -> list[str]:
-    """Names of the tasks an adapter was trained on, by id, if its run left a report; else none."""
-    try:
-        report = json.loads((Path(directory) / REPORT_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return []
-    return [str(name) for name in report.get("tasks", [])]
+def task_id(task: str | None, names: Sequence[str], number: int) -> int | None:
+    """The id of a task given by name or number, or `None`.
+
+    Args:
+        task: What was given.
+        names: Names of the known tasks, by id.
+        number: Tasks that the routing knows.
+    """
+    if task is None:
+        return None
+    if task in names:
+        return list(names).index(task)
+    return int(task) if task.isdecimal() and int(task) < number else None
 
 
 def check_needs(run: RunFile, tasks: Sequence[TaskData]) -> None:

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from molora.errors import MoloraError
 from molora.export.fit import Moments
-from molora.likelihood import last_logits_only
+from molora.heads import last_logits_only
 from molora.plan import layer_of
 from molora.routing.inputs import routing_inputs, scopes
 from molora.routing.masks import TokenMasks, prompt_of_labels, token_masks

@@ -1,0 +1,345 @@
+"""Exports end to end on a tiny model: every target, what is read back, what is refused, and what is left behind."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import methods
+import pytest
+import tiny
+import torch
+import yaml
+from methods import tokens
+from peft import PeftConfig, PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import molora_cli
+from molora import ConfigError, MergeError, MoloraError
+from molora.export.job import export_adapter
+from molora.writing import WriteError
+
+WORDS = {"colour": ["red", "blue", "green"], "animal": ["cat", "dog", "fox"]}
+QUICK = {"evaluate": False}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    tiny.tiny_llama().save_pretrained(folder)
+    tiny.tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> str:
+    file = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    rows = [
+        {
+            "task": task,
+            "messages": [
+                {"role": "user", "content": f"a {task} {index}"},
+                {"role": "assistant", "content": words[index % 3]},
+            ],
+            **({"choices": words, "label": index % 3} if task == "colour" else {}),
+        }
+        for index in range(24)
+        for task, words in WORDS.items()
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+@pytest.fixture(scope="module")
+def adapter(base, tmp_path_factory):
+    """Make the folder of an adapter of a preset, with random weights as if it had been trained."""
+
+    @functools.cache
+    def make(preset: str, **overrides) -> Path:
+        folder = tmp_path_factory.mktemp(preset)
+        lists = {name: list(value) if isinstance(value, tuple) else value for name, value in overrides.items()}
+        model = methods.build(preset, **lists)
+        model.peft_config["default"].base_model_name_or_path = str(base)
+        model.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+def logits_of(base: Path, adapter: Path | None = None, **inputs) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter).eval()
+    with torch.no_grad():
+        return model(input_ids=tokens(), **inputs).logits
+
+
+@pytest.mark.parametrize(
+    ("preset", "how", "inputs"),
+    [
+        ("static", {}, {}),
+        ("lorahub", {}, {}),
+        ("mos", {}, {}),
+        ("polytropon", {"task": 1}, {"task_ids": torch.tensor([1, 1, 1])}),
+    ],
+)
+def test_a_fixed_mixture_is_exported_exactly(preset, how, inputs, base, adapter, tmp_path):
+    source = adapter(preset)
+    expected = logits_of(base, source, **inputs)
+    report = export_adapter(source, tmp_path / "lora", target="lora", **how)
+    assert report.method == "exact"
+    assert PeftConfig.from_pretrained(tmp_path / "lora").peft_type == "LORA"
+    torch.testing.assert_close(logits_of(base, tmp_path / "lora"), expected, rtol=1e-4, atol=1e-5)
+    export_adapter(source, tmp_path / "dense", target="dense", **how)
+    torch.testing.assert_close(logits_of(tmp_path / "dense"), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_without_consent_a_routed_mixture_is_not_exported(adapter, tmp_path):
+    for target in ("lora", "dense", "tasks", "gguf-lora", "gguf"):
+        with pytest.raises(MergeError, match="routes every token by itself"):
+            export_adapter(adapter("adamole"), tmp_path / "out", target=target)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_nearest_lora_is_measured_and_the_report_says_so(base, adapter, data, tmp_path):
+    source, out = adapter("adamole"), tmp_path / "out"
+    report = export_adapter(source, out, target="lora", calibrate=(data,), score=(data,))
+    saved = json.loads((out / "molora_export.json").read_text())
+    quality = saved["quality"]
+    assert list(quality) == ["base", "routed", "uniform", "usage", "calibrated"]
+    assert quality["calibrated"]["output_error"] < quality["usage"]["output_error"] < 1
+    assert 0 < quality["calibrated"]["kl"] < quality["base"]["kl"]
+    assert {score["task"] for score in quality["routed"]["scores"]} == set(WORDS)
+    assert report.quality["calibrated"].kl == quality["calibrated"]["kl"]
+    assert all(sum(linear["errors"].values()) > 0 for linear in saved["linears"])
+    card = (out / "README.md").read_text()
+    for name in ("routed", "usage", "calibrated"):
+        assert f"| {name} |" in card
+    assert f"{quality['calibrated']['kl']:.4f}" in card
+    assert str(base) not in card.split("---")[1], "a folder on this disk is no base model on the hub"
+
+
+@pytest.mark.parametrize("method", ["uniform", "usage", "calibrated", "distilled"])
+def test_the_chosen_method_is_what_is_written(method, base, adapter, data, tmp_path):
+    source = adapter("adamole")
+    options = {"calibrate": (data,), "method": method, "distill_steps": 2, **QUICK}
+    report = export_adapter(source, tmp_path / "out", target="lora", **options)
+    assert report.method == method
+    assert method in report.quality
+    config = PeftConfig.from_pretrained(tmp_path / "out")
+    assert (config.r, config.lora_alpha) == (report.rank, report.rank)
+
+
+def test_distilling_brings_a_lora_nearer(adapter, data, tmp_path):
+    options = {"calibrate": (data,), "method": "distilled", "distill_steps": 30, "distill_learning_rate": 3e-3}
+    report = export_adapter(adapter("adamole"), tmp_path / "out", target="lora", **options, **QUICK)
+    assert report.quality["distilled"].kl < 0.9 * report.quality["calibrated"].kl
+
+
+@pytest.mark.parametrize("options", [{}, {"joint": True}, {"bias": True}, {"rank": 3}, {"rank": 3, "method": "usage"}])
+def test_options_of_the_fit_reach_what_is_written(options, base, adapter, data, tmp_path):
+    export_adapter(adapter("adamole"), tmp_path / "out", target="lora", calibrate=(data,), **options, **QUICK)
+    tensors = load_file(tmp_path / "out/adapter_model.safetensors")
+    assert {len(value) for name, value in tensors.items() if ".lora_A." in name} == {options.get("rank", 16)}
+    assert any(name.endswith("lora_B.bias") for name in tensors) == options.get("bias", False)
+    assert logits_of(base, tmp_path / "out").isfinite().all()
+
+
+def test_experts_are_exported_one_by_one_and_go_round(base, adapter, tmp_path):
+    """Composed again with constant weights, the experts are the mixture with those weights."""
+    source = adapter("static", num_experts=3, r=2)
+    export_adapter(source, tmp_path / "experts", target="experts")
+    folders = sorted(path for path in (tmp_path / "experts").iterdir() if path.is_dir())
+    assert [path.name for path in folders] == ["expert_0", "expert_1", "expert_2"]
+    weights = torch.tensor([0.2, 0.5, -0.3])
+    expected = logits_of(base, source, expert_weights=weights)
+    from molora.compose import compose
+
+    again = compose(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), folders, "selma").eval()
+    with torch.no_grad():
+        composed = again(input_ids=tokens(), expert_weights=weights).logits
+    torch.testing.assert_close(composed, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("preset", "group", "names"),
+    [
+        ("adamole", None, ["expert_0", "expert_1", "expert_2", "expert_3"]),
+        ("adamole", 3, ["experts_0-2", "expert_3"]),
+        ("smora", None, ["experts_0-7", "experts_8-11"]),
+        ("mixlora", None, ["expert_0", "expert_1", "expert_2", "expert_3"]),
+        ("hydralora", None, ["expert_0", "expert_1", "expert_2", "expert_3"]),
+    ],
+)
+def test_an_exported_expert_is_what_the_mixture_does_with_it_alone(preset, group, names, base, adapter, tmp_path):
+    source = adapter(preset)
+    export_adapter(source, tmp_path / "out", target="experts", group_size=group)
+    assert {path.name for path in (tmp_path / "out").iterdir() if path.is_dir()} == set(names)
+    number = PeftConfig.from_pretrained(source).num_experts
+    first = int(names[0].rpartition("-")[2]) + 1 if "-" in names[0] else 1
+    weights = torch.zeros(number)
+    weights[:first] = 1
+    if preset != "mixlora" or first == 1:  # a sum of experts that span a block is no sum of deltas
+        expected = logits_of(base, source, expert_weights=weights)
+        torch.testing.assert_close(logits_of(base, tmp_path / "out" / names[0]), expected, rtol=1e-4, atol=1e-5)
+    gates = load_file(tmp_path / "out/molora_gate.safetensors")
+    saved = load_file(source / "adapter_model.safetensors")
+    routers = {name for name in saved if "molora_A" not in name and "molora_B" not in name}
+    assert routers == gates.keys()
+    assert all(torch.equal(saved[name], gates[name]) for name in gates)
+
+
+def test_every_task_becomes_a_lora(base, adapter, tmp_path):
+    source = adapter("polytropon")
+    export_adapter(source, tmp_path / "out", target="tasks")
+    for task in range(3):
+        expected = logits_of(base, source, task_ids=torch.tensor([task] * 3))
+        written = logits_of(base, tmp_path / "out" / f"task_{task}")
+        torch.testing.assert_close(written, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_routed_mixture_becomes_a_lora_for_each_task_of_the_data(adapter, data, tmp_path):
+    report = export_adapter(adapter("adamole"), tmp_path / "out", target="tasks", calibrate=(data,))
+    assert {path.name for path in (tmp_path / "out").iterdir() if path.is_dir()} == set(WORDS)
+    for task in WORDS:
+        assert report.quality[task].kl < report.quality[f"{task}: base"].kl
+
+
+def test_modules_that_were_trained_whole_come_along(base, adapter, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(adapter("static", modules_to_save=("lm_head",), target_modules=("q_proj", "up_proj")), source)
+    tensors = load_file(source / "adapter_model.safetensors")
+    [name] = [name for name in tensors if "lm_head" in name]
+    tensors[name] += 0.3 * torch.randn(tensors[name].shape)
+    save_file(tensors, source / "adapter_model.safetensors", metadata={"format": "pt"})
+    expected = logits_of(base, source)
+    for target, read in (("lora", lambda: logits_of(base, tmp_path / "lora")), ("dense", None)):
+        export_adapter(source, tmp_path / target, target=target)
+        written = read() if read else logits_of(tmp_path / "dense")
+        torch.testing.assert_close(written, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [None, "float32", "bfloat16"])
+def test_a_dense_model_has_the_base_models_dtype_or_the_one_asked_for(dtype, base, adapter, tmp_path):
+    export_adapter(adapter("static"), tmp_path / "out", target="dense", dtype=dtype)
+    assert {value.dtype for value in load_file(tmp_path / "out/model.safetensors").values()} == {
+        getattr(torch, dtype or "float32")
+    }
+    assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == (dtype or "float32")
+
+
+@pytest.mark.parametrize(
+    ("options", "fields"),
+    [
+        ({"target": "lorra"}, {"--as"}),
+        ({"method": "calibrate"}, {"--method"}),
+        ({"method": "usage", "joint": True}, {"--method", "--joint"}),
+        ({"calibrate": (), "method": "usage", "joint": True}, {"--joint"}),
+        ({"target": "gguf", "calibrate": (), "bias": True}, {"--bias"}),
+        ({"group_size": 2, "rank": 0}, {"--group-size", "--rank"}),
+        ({"target": "experts", "calibrate": (), "task": 1}, {"--calibrate", "--task"}),
+        ({"dequantize": True, "outtype": "f16", "gguf_base": "x"}, {"--dequantize", "--outtype", "--gguf-base"}),
+    ],
+)
+def test_contradictory_options_are_all_named_before_anything_is_loaded(options, fields, tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        export_adapter(tmp_path / "nothing", tmp_path / "out", **options)
+    assert {problem.field for problem in caught.value.problems} == fields
+
+
+def test_an_output_that_exists_is_refused_before_anything_is_loaded(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("mine")
+    with pytest.raises(WriteError, match="nothing is overwritten"):
+        export_adapter(tmp_path / "nothing", tmp_path / "out")
+
+
+def test_blocks_of_experts_are_refused_whatever_is_asked_for(adapter, data, tmp_path):
+    source = adapter("perft")
+    with pytest.raises(MoloraError, match="no linear"):
+        export_adapter(source, tmp_path / "out", target="lora", calibrate=(data,), base_model=str(moe_base(tmp_path)))
+    assert not (tmp_path / "out").exists()
+
+
+def moe_base(folder: Path) -> Path:
+    methods.base_model("perft").save_pretrained(folder / "moe")
+    tiny.tiny_tokenizer().save_pretrained(folder / "moe")
+    return folder / "moe"
+
+
+def damage(folder: Path, how: str) -> None:
+    file = folder / "adapter_model.safetensors"
+    content = file.read_bytes()
+    if how == "truncated":
+        file.write_bytes(content[: len(content) // 2])
+    elif how == "header":
+        file.write_bytes(b"\xff" * 16 + content[16:])
+    elif how == "empty":
+        file.write_bytes(b"")
+    else:
+        file.unlink()
+        import pickle
+
+        (folder / "adapter_model.bin").write_bytes(pickle.dumps({"a": 1}))
+
+
+@pytest.mark.parametrize("how", ["truncated", "header", "empty", "pickled"])
+def test_a_damaged_adapter_is_refused_and_nothing_is_written(how, adapter, tmp_path, capsys):
+    source = tmp_path / "source"
+    shutil.copytree(adapter("static"), source)
+    damage(source, how)
+    assert molora_cli.main(["export", str(source), str(tmp_path / "out"), "--as", "lora"]) == 2
+    assert "unusable adapter" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_the_command_line_trains_exports_and_says_what_it_costs(base, tmp_path, monkeypatch, capsys, data):
+    """`--calibrate` without a file takes the data of the run."""
+    monkeypatch.chdir(tmp_path)
+    content = {
+        "model_name_or_path": str(base),
+        "preset": "adamole",
+        "num_experts": 4,
+        "datasets": [{"path": data, "eval_path": data, "eval_max_samples": 8}],
+        "output_dir": "run",
+        "max_steps": 2,
+        "learning_rate": 0.02,
+        "bf16": False,
+        "eval_max_new_tokens": 4,
+        "disable_tqdm": True,
+        "evaluate_tasks": False,
+    }
+    Path("run.yaml").write_text(yaml.safe_dump(content))
+    assert molora_cli.main(["train", "run.yaml"]) == 0
+    capsys.readouterr()
+    assert molora_cli.main(["export", "run", "lora", "--as", "lora"]) == 2
+    assert "--calibrate" in capsys.readouterr().err
+    assert molora_cli.main(["export", "run", "lora", "--as", "lora", "--calibrate", "--rank", "8"]) == 0
+    printed = capsys.readouterr().out
+    for words in ("What the export costs", "calibrated", "What lower ranks would keep", "Written to lora"):
+        assert words in printed
+    assert molora_cli.main(["merge", "run", "dense", "--calibrate", "--no-evaluate"]) == 0
+    torch.testing.assert_close(logits_of(Path("dense")).isfinite().all(), torch.tensor(True))
+    assert molora_cli.main(["export", "run", "lora", "--as", "lora", "--calibrate"]) == 2
+    assert "nothing is overwritten" in capsys.readouterr().err
+
+
+def test_the_exported_lora_loads_where_molora_is_not_imported(base, adapter, tmp_path):
+    source = adapter("static")
+    expected = logits_of(base, source)
+    export_adapter(source, tmp_path / "lora", target="lora")
+    script = f"""
+import sys, torch
+sys.modules["molora"] = None  # an import fails
+from peft import AutoPeftModelForCausalLM
+model = AutoPeftModelForCausalLM.from_pretrained({str(tmp_path / "lora")!r}).eval()
+ids = torch.tensor({tokens().tolist()})
+torch.save(model(input_ids=ids).logits.detach(), {str(tmp_path / "logits.pt")!r})
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected, rtol=1e-4, atol=1e-5)
