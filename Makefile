@@ -17,6 +17,20 @@ test: $(VENV)/test.done
 test-eval: $(VENV)/test-eval.done
 	$(VENV)/bin/python -m pytest -n 2 --dist worksteal tests/test_harness.py $(ARGS)
 
+# Stock PEFT, llama.cpp and vLLM read what molora exports. Optional: three environments, about 5 GB. LORA=DIR takes an
+# exported LoRA instead of a random one.
+READERS ?= $(CURDIR)/.readers
+test-readers: $(VENV)/test.done
+	for reader in peft llama vllm converter; do \
+	  PYTHON=$(PYTHON) tests/readers/setup.sh $$reader $(READERS)/$$reader || exit 1; done
+	rm -rf $(READERS)/work
+	$(VENV)/bin/python tests/readers/prepare.py $(READERS)/work $(LORA)
+	for reader in peft llama vllm; do \
+	  OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(READERS)/$$reader/bin/python tests/readers/$${reader}_reads.py \
+	    $(READERS)/work $(READERS)/work/$$reader.json || exit 1; done
+	$(VENV)/bin/python tests/readers/compare.py $(addprefix $(READERS)/work/,peft.json llama.json vllm.json)
+	$(VENV)/bin/python tests/readers/architectures.py $(READERS)/converter $(READERS)/work $(READERS)/llama/bin/python
+
 test-quantization: $(VENV)/test-quantization.done
 	$(VENV)/bin/python -m pytest -n 2 --dist worksteal tests/test_quantization.py tests/test_quantization_run.py $(ARGS)
 

@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from molora.bank import MoLoraLayer
 from molora.config import MoLoraConfig
 from molora.decide import BASE_HIDDEN
+from molora.modes import evaluating
 from molora.routing.inputs import routing_inputs, scopes
 from molora.routing.scope import RoutingInputs, RoutingScope
 
@@ -74,17 +75,13 @@ class ModelScope(RoutingScope):
         """Last hidden states `[B, S, d]` of the model without any adapter."""
         inputs = {name: kwargs[name] for name in _BACKBONE_INPUTS if kwargs.get(name) is not None}
         backbone: Any = getattr(model, "base_model", model)
-        modes = {module: module.training for module in model.modules()}
         self.silent = True
-        model.eval()
         try:
-            with torch.no_grad():
+            with evaluating(model), torch.no_grad():
                 decoder = {"use_cache": False} if getattr(model.config, "use_cache", None) is not None else {}
                 return backbone(**inputs, **decoder).last_hidden_state
         finally:
             self.silent = False
-            for module, mode in modes.items():
-                module.training = mode
 
 
 def needs_every_call(config: MoLoraConfig) -> bool:

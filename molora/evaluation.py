@@ -32,6 +32,7 @@ from molora.data.mixture import TaskData
 from molora.data.tokenize import encode_parts
 from molora.errors import MoloraError
 from molora.likelihood import Prompted, log_likelihoods, pad_with_mask, routed
+from molora.modes import evaluating
 
 LOWER_IS_BETTER = ("perplexity",)
 
@@ -81,7 +82,7 @@ def score_tasks(
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise MoloraError(f"scoring needs a decoder-only language model, got {type(model).__name__}.")
     total = sum(len(task.eval) for task in tasks)
-    with _evaluating(model), tqdm(total=total, desc="scoring", unit="row", disable=not progress) as bar:
+    with _judging(model), tqdm(total=total, desc="scoring", unit="row", disable=not progress) as bar:
         return [
             score
             for task_id, task in enumerate(tasks)
@@ -212,9 +213,7 @@ def _context(model: Any) -> int:
 
 
 @contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
+def _judging(model: Any) -> Iterator[None]:
     # A base model that is a mixture itself would compute its balancing loss, which fails with a key-value cache; TRL
     # asks for it.
     config = model.config.get_text_config()
@@ -222,10 +221,8 @@ def _evaluating(model: Any) -> Iterator[None]:
     try:
         if asked:
             config.output_router_logits = False
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             yield
     finally:
         if asked:
             config.output_router_logits = asked
-        for module, mode in modes.items():
-            module.training = mode

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 LORA_CONVERTER = "llama.cpp's `convert_lora_to_gguf.py`"
-GGUF_HINT = 'pip install "molora[quickstart]"'
+GGUF_HINT = 'pip install "molora[gguf]"'
 
 # llama.cpp tensor name -> transformers parameter name, inside one block and outside all blocks of a Llama.
 BLOCK_NAMES = {

@@ -45,36 +45,16 @@ def new_folder(out: str | Path, needs: int = 0) -> Iterator[Path]:
     Raises:
         WriteError: If something is in the way, the place cannot be written to, or the disk is or gets full.
     """
-    target, partial = _prepare(out, needs)
-    try:
+    with _named(out, needs) as partial:
         partial.mkdir()
         yield partial
-        for path in partial.rglob("*"):
-            if path.is_file():
-                _to_disk(path)
-        check_vacant(target)
-        partial.rename(target)
-        _to_disk(target.parent)
-    except (OSError, SafetensorError) as error:
-        raise _refused(target, error) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextmanager
 def new_file(out: str | Path, needs: int = 0) -> Iterator[Path]:
     """As `new_folder`, for one file: yields the path to write to."""
-    target, partial = _prepare(out, needs)
-    try:
+    with _named(out, needs) as partial:
         yield partial
-        _to_disk(partial)
-        check_vacant(target)
-        partial.rename(target)
-        _to_disk(target.parent)
-    except (OSError, SafetensorError) as error:
-        raise _refused(target, error) from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def check_vacant(out: str | Path) -> None:
@@ -124,6 +104,26 @@ def size(count: int) -> str:
             return f"{number:.0f} {unit}" if unit == "bytes" else f"{number:.1f} {unit}"
         number /= 1024
     return f"{number:.1f} TiB"
+
+
+@contextmanager
+def _named(out: str | Path, needs: int) -> Iterator[Path]:
+    """A path to make something at, which is renamed when the block ends without an error."""
+    target, partial = _prepare(out, needs)
+    try:
+        yield partial
+        for path in (partial, *partial.rglob("*")):
+            _to_disk(path)
+        check_vacant(target)
+        partial.rename(target)
+        _to_disk(target.parent)
+    except (OSError, SafetensorError) as error:
+        raise _refused(target, error) from error
+    finally:
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            partial.unlink(missing_ok=True)
 
 
 def _prepare(out: str | Path, needs: int) -> tuple[Path, Path]:

@@ -59,16 +59,10 @@ def ridge_fit(moments: Moments, ridge: float, prior: Tensor | None = None, bias:
         (used,), ridge * float(second.diagonal()[:size].mean()), dtype=second.dtype, device=second.device
     )
     shrink[size:] = 0
-    solved = torch.linalg.solve(second + torch.diag(_floored(shrink, second)), (cross - start @ second).T).T
+    solved = torch.cholesky_solve((cross - start @ second).T, _root(second + torch.diag(shrink))).T
     result = torch.zeros(len(cross), size + 1, dtype=second.dtype, device=second.device)
     result[:, :used] = start + solved
     return result
-
-
-def _floored(shrink: Tensor, second: Tensor) -> Tensor:
-    """Keep the system solvable where tokens are fewer than inputs, or an input is always zero."""
-    least = torch.finfo(second.dtype).eps * len(second) * second.diagonal().max()
-    return shrink.clamp_min(float(least))
 
 
 def squared_error(moments: Moments, down: Tensor, up: Tensor, start: Tensor | None = None) -> float:

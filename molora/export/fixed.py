@@ -14,6 +14,7 @@ from molora.decide import Products, decide
 from molora.errors import MoloraError
 from molora.fold import Factors
 from molora.merging import cannot_merge
+from molora.modes import evaluating
 from molora.plan import ModulePlan
 from molora.routing.inputs import routing_inputs
 from molora.routing.scope import RoutingCall, RoutingInputs
@@ -129,14 +130,9 @@ def _by_prompt(model: nn.Module, layers: Mapping[str, Any], adapter_name: str, f
         if name == adapter_name and seen.weights is not None:
             found[layer.module_key] = _one(seen.weights, layer.molora_plan[name])
 
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with watching(layers.values(), note), routing_inputs(model, **fixed.inputs(), generating=True):
-            model(input_ids=ids.to(next(model.parameters()).device))
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    block = routing_inputs(model, **fixed.inputs(), generating=True)
+    with evaluating(model), watching(layers.values(), note), block:
+        model(input_ids=ids.to(next(model.parameters()).device))
     return found
 
 

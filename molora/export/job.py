@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import tempfile
@@ -13,18 +12,17 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from molora.base import gguf_of
 from molora.errors import MergeError, MoloraError
 from molora.export.calibrate import Calibration, calibrate
-from molora.export.dense import dense_bytes, merge_dense, save_dense
 from molora.export.experts import expert_loras, gate_tensors
 from molora.export.fit import truncate_unweighted
 from molora.export.fixed import Fixed, fixed_factors
 from molora.export.options import ExportOptions
 from molora.export.plain import PlainLora, folder_bytes
 from molora.export.quality import compare, distilled, write_candidate
-from molora.export.report import EXPORT_FILE, ExportReport, Quality, model_card
+from molora.export.report import ExportReport, Quality
 from molora.export.source import ADAPTER, Rows, Source, load_source, parts_of_task, read_rows_for
+from molora.export.targets import what_servers_refuse, write_report, write_target
 from molora.folders import CONFIG_FILE
 from molora.merging import cannot_merge
 from molora.plan import routing_reads
@@ -85,7 +83,8 @@ def _write_one(source: Source, out: str | Path, options: ExportOptions, report: 
             _add_errors(report)
         lora = loras[report.method]
         report.rank = lora.rank
-        _write_target(source, lora, folders[report.method], out, options, report)
+        report.notes += what_servers_refuse(source, lora) if options.target == "lora" else []
+        write_target(source, lora, folders[report.method], out, options, report)
 
 
 def _rows(source: Source, options: ExportOptions) -> Rows | None:
@@ -157,57 +156,6 @@ def _add_errors(report: ExportReport) -> None:
         report.quality[method].output_error = report.calibration.mean_error(method)
 
 
-def _write_target(
-    source: Source, lora: PlainLora, written: Path, out: str | Path, options: ExportOptions, report: ExportReport
-) -> None:
-    base = source.plain
-    if options.target == "lora":
-        with new_folder(out, needs=folder_bytes(lora)) as folder:
-            shutil.copytree(written, folder, dirs_exist_ok=True)
-            source.tokenizer.save_pretrained(str(folder))
-            _write_report(folder, report, _LOAD_LORA)
-    elif options.target == "dense":
-        dtype = getattr(torch, options.dtype) if options.dtype else None
-        with new_folder(out, needs=dense_bytes(source.model, dtype or base.dtype)) as folder:
-            save_dense(merge_dense(source.model, lora, dtype), source.tokenizer, folder)
-            _write_report(folder, report, _LOAD_DENSE)
-    else:
-        _write_gguf(source, lora, out, options, report)
-
-
-def _write_gguf(
-    source: Source, lora: PlainLora, out: str | Path, options: ExportOptions, report: ExportReport
-) -> None:
-    # Only here: the gguf package is an extra.
-    from molora.export.gguf import write_gguf_lora
-    from molora.export.gguf_model import write_gguf_model
-
-    config = source.plain.config
-    if options.target == "gguf-lora":
-        with new_folder(out, needs=folder_bytes(lora)) as folder:
-            write_gguf_lora(
-                lora,
-                folder / "adapter.gguf",
-                base_config=config,
-                outtype=options.outtype or "f32",
-                base_model=source.base_model,
-            )
-            _write_report(folder, report, _LOAD_GGUF_LORA)
-        return
-    quantised = getattr(source.plain, "quantization_method", None) is not None
-    template = options.gguf_base or gguf_of(source.base_model)
-    with new_folder(out, needs=Path(template).stat().st_size if template else 0) as folder:
-        write_gguf_model(
-            lora,
-            folder / "model.gguf",
-            template=template,
-            base_config=config,
-            weights=None if quantised else lambda module: source.plain.get_submodule(module).weight,
-            outtype=options.outtype or "f16",
-        )
-        _write_report(folder, report, _LOAD_GGUF)
-
-
 def _write_experts(source: Source, out: str | Path, options: ExportOptions, report: ExportReport) -> None:
     parts = list(expert_loras(source.model, ADAPTER, options.group_size))
     report.rank = max(part.lora.rank for part in parts)
@@ -222,7 +170,7 @@ def _write_experts(source: Source, out: str | Path, options: ExportOptions, repo
         if gates:
             save_file(gates, folder / GATE_FILE, metadata={"format": "pt"})
             shutil.copy(Path(source.directory) / CONFIG_FILE, folder / f"molora_{CONFIG_FILE}")
-        _write_report(folder, report, _LOAD_PARTS)
+        write_report(folder, report)
 
 
 def _write_tasks(source: Source, out: str | Path, options: ExportOptions, report: ExportReport) -> None:
@@ -256,7 +204,7 @@ def _write_tasks(source: Source, out: str | Path, options: ExportOptions, report
     with new_folder(out, needs=sum(map(folder_bytes, loras.values()))) as folder:
         for name, lora in loras.items():
             write_candidate(source, lora, folder / re.sub(r"[^\w.-]+", "_", name))
-        _write_report(folder, report, _LOAD_PARTS)
+        write_report(folder, report)
 
 
 def _task_names(source: Source, rows: Rows | None, options: ExportOptions) -> list[str]:
@@ -272,30 +220,5 @@ def _fixed_by(options: ExportOptions) -> dict[str, Any]:
     given: Mapping[str, Any] = {"task": options.task, "scores": options.expert_scores, "prompt": options.prompt}
     return {name: value for name, value in given.items() if value is not None}
 
-
-def _write_report(folder: Path, report: ExportReport, how_to_load: str) -> None:
-    (folder / EXPORT_FILE).write_text(json.dumps(report.as_json(), indent=2) + "\n", encoding="utf-8")
-    card = model_card(report, _TAGS[report.target], how_to_load)
-    (folder / "README.md").write_text(card, encoding="utf-8")
-
-
-_TAGS = {
-    "lora": ("lora", "molora"),
-    "experts": ("lora", "molora"),
-    "tasks": ("lora", "molora"),
-    "dense": ("merge", "molora"),
-    "gguf-lora": ("gguf", "lora", "molora"),
-    "gguf": ("gguf", "molora"),
-}
-_LOAD_LORA = (
-    "A plain LoRA: `PeftModel.from_pretrained(base, FOLDER)` with PEFT, `--lora-modules NAME=FOLDER` with vLLM. "
-    "molora is not needed."
-)
-_LOAD_DENSE = (
-    "A transformers model: `AutoModelForCausalLM.from_pretrained(FOLDER)`. Neither PEFT nor molora is needed."
-)
-_LOAD_GGUF_LORA = "For llama.cpp: `llama-cli -m BASE.gguf --lora adapter.gguf`."
-_LOAD_GGUF = "For llama.cpp: `llama-cli -m model.gguf`."
-_LOAD_PARTS = "Each sub-folder is a plain LoRA: `PeftModel.from_pretrained(base, FOLDER/NAME)`. molora is not needed."
 
 __all__ = ["GATE_FILE", "ExportOptions", "ExportReport", "Quality", "export_adapter"]

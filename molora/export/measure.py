@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy, log_softmax
 from tqdm.auto import tqdm
 
 from molora.export.moments import Batch, run_batch
+from molora.modes import evaluating
 
 IGNORED = -100
 POSITIONS = 512
@@ -67,10 +68,7 @@ def divergences(
         By name, `routed` first.
     """
     sums = {name: torch.zeros(3, dtype=torch.float64) for name in ("routed", *others)}
-    modes = [(module, module.training) for whole in (routed, model) for module in whole.modules()]
-    routed.eval()
-    model.eval()
-    try:
+    with evaluating(routed, model):
         for batch in tqdm(batches, desc="comparing", unit="batch", disable=not progress):
             wanted, labels = _predictions(routed, batch)
             sums["routed"] += _sums(wanted, wanted, labels)
@@ -78,9 +76,6 @@ def divergences(
                 with block():
                     given, _ = _predictions(model, batch)
                 sums[name] += _sums(wanted, given, labels)
-    finally:
-        for module, mode in modes:
-            module.training = mode
     return {
         name: Divergence(
             None if name == "routed" else float(kl / count), math.exp(min(float(loss / count), 700.0)), int(count)

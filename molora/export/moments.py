@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from molora.errors import MoloraError
 from molora.export.fit import Moments
 from molora.heads import last_logits_only
+from molora.modes import evaluating
 from molora.plan import layer_of
 from molora.routing.inputs import routing_inputs, scopes
 from molora.routing.masks import TokenMasks, prompt_of_labels, token_masks
@@ -62,7 +63,7 @@ def collect(
     options: dict[str, Any] = {"use_cache": False} if hasattr(model, "generate") else {}
     options |= last_logits_only(model)
     total = len(groups) * sum(map(len, batches.values()))
-    with _evaluating(model), tqdm(total=total, desc="calibrating", unit="batch", disable=not progress) as bar:
+    with evaluating(model), tqdm(total=total, desc="calibrating", unit="batch", disable=not progress) as bar:
         for group in groups:
             collectors = {}
             for part, own in batches.items():
@@ -231,14 +232,3 @@ def _empty(columns: int, inputs: int, weights: Tensor | None, num_splits: int, d
         None if shape is None else zeros(*shape),
         0,
     )
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

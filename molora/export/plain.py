@@ -59,8 +59,8 @@ def write_lora(
 ) -> None:
     """Write a folder that stock PEFT, vLLM and llama.cpp's converter read.
 
-    All linears get the same rank, filled up with zeros, and `lora_alpha` equals it: vLLM and llama.cpp read one rank
-    and one alpha for the whole file, and drop patterns silently.
+    All linears get the same rank, filled up with zeros, and `lora_alpha` equals it: llama.cpp and older vLLM read one
+    rank and one alpha for the whole file, and drop patterns silently.
 
     Args:
         lora: What to write.

@@ -16,6 +16,7 @@ from molora.config import MoLoraConfig
 from molora.data.mixture import TaskData
 from molora.errors import ConfigError, MoloraError, Problem
 from molora.harness.results import Evaluation, scores_of
+from molora.modes import evaluating
 from molora.plan import routing_reads
 
 INSTALL_HINT = 'pip install "molora[eval]"'
@@ -83,7 +84,7 @@ def evaluate(
     from molora.harness.rows import row_tasks
     from molora.harness.tasks import load_tasks
 
-    with _quiet(), _evaluating(model), torch.no_grad():
+    with _quiet(), evaluating(model), torch.no_grad():
         ids = [by_name.get(task.name, common) for task in data]
         ours = [row_tasks(task, tokenizer, max_new_tokens, index) for task, index in zip(data, ids, strict=True)]
         loaded = load_tasks(tasks, [task for of_one in ours for task in of_one], include_path)
@@ -149,17 +150,6 @@ def _check_routing(
             problems.append(Problem("scores", message))
     if problems:
         raise ConfigError(problems, "the adapter cannot be evaluated so")
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """A block after which every module is in the mode it was in; lm-evaluation-harness leaves them in evaluation."""
-    training = [module for module in model.modules() if module.training]
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @contextmanager

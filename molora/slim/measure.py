@@ -14,8 +14,9 @@ from molora.export.fixed import layers_of
 from molora.export.measure import divergences
 from molora.export.moments import Batch, run_batch
 from molora.likelihood import last_logits_only
+from molora.modes import evaluating
 from molora.routing.masks import TokenMasks
-from molora.slim.statistics import evaluating, real_tokens
+from molora.slim.statistics import real_tokens
 from molora.watch import Seen, watching
 
 

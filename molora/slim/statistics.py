@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +13,7 @@ from molora.errors import DataError
 from molora.export.fixed import layers_of
 from molora.export.moments import Batch, run_batch
 from molora.likelihood import last_logits_only
+from molora.modes import evaluating
 from molora.routing.masks import TokenMasks
 from molora.routing.record import RoutingRecord, record_routing
 from molora.watch import Seen, watching
@@ -108,18 +108,6 @@ def expert_usage(
     if not any(one.tokens for one in collector.sums.values()):
         raise DataError("the calibration data has no token; give at least one row.")
     return collector.sums
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block, and what every module was before behind it."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def real_tokens(masks: TokenMasks, layer: Any, x: Tensor) -> Tensor:

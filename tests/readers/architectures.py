@@ -53,7 +53,7 @@ TRANSPOSED = {"gpt2"}
 """Where the converter turns the factors round together with GPT-2's `Conv1D` weights, which llama.cpp then refuses."""
 
 OTHER_TOKENIZER = {"gemma", "gemma2", "glm4", "nemotron", "phi3"}
-"""Where the converter of models wants a tokenizer of another kind than SmolLM2's: only the adapter file is compared."""
+"""Where the converter of models wants another kind of tokenizer than SmolLM2's: only the adapter file is compared."""
 
 
 def tiny(kind: str, vocabulary: int) -> Any:
@@ -95,6 +95,10 @@ def check(kind: str, scripts: Path, work: Path, llama: str) -> None:
     model.save_pretrained(folder / "base")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(work / "base" / name, folder / "base")
+    if kind == "qwen2":
+        # transformers replaces every tokenizer in a Qwen2 folder; the converter goes by `architectures`.
+        config = json.loads((folder / "base" / "config.json").read_text())
+        (folder / "base" / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
     lora = random_lora(model)
     names = [name for name, _ in model.named_modules()]
     write_lora(lora, folder / "lora", base_model=str(folder / "base"), modules=names, task_type="CAUSAL_LM")
