@@ -27,9 +27,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from molora.kernels.adapter_parts import AdapterParts
 from molora.kernels.choices import Choices
 from molora.kernels.fused import mixture
-from molora.kernels.multi_adapter import AdapterParts, mixed_rows
+from molora.kernels.multi_adapter import mixed_rows
 from molora.routing.route import RoutingSpec, route
 
 SCALE = 0.5

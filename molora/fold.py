@@ -40,7 +40,8 @@ def fold_pairs(lora_a: Tensor, lora_b: Tensor, weights: Tensor | None, ranks: Ra
 
 def fold_factors(lora_a: Tensor, lora_b: Tensor, weights: Tensor | None, ranks: RankMap) -> Factors:
     """`(Σ_e w_e s_e B_e)(Σ_e w_e A_e)`, `[r, in]` and `[out, r]`."""
-    assert weights is not None
+    if weights is None:
+        weights = torch.ones(len(ranks.ranks), dtype=lora_a.dtype, device=lora_a.device)
     down = torch.einsum("eri,e->ri", lora_a.unflatten(0, (len(ranks.ranks), -1)), weights)
     up = torch.einsum("oer,e->or", lora_b.unflatten(1, (len(ranks.ranks), -1)), ranks.scaled(weights))
     return down, up

@@ -153,7 +153,13 @@ class MergingMixin:
         if not layer.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        while layer.merged_adapters:
+        self.unmerge_to(0)
+
+    @torch.no_grad()
+    def unmerge_to(self, number: int) -> None:
+        """Take out the adapters that were merged last, until so many are left."""
+        layer: Any = self
+        while len(layer.merged_adapters) > number:
             name = layer.merged_adapters.pop()
             weight = layer.get_base_weight()
             layer.set_base_weight((promote(weight) - self._delta(name)).to(weight.dtype))

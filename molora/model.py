@@ -18,11 +18,12 @@ from molora.bank import MoLoraLayer
 from molora.block import MoLoraBlock
 from molora.calls import scope_of
 from molora.config import MoLoraConfig
-from molora.export.stand_in import HowToMerge, stand_ins
+from molora.errors import MoloraError
 from molora.imported import LORAS
 from molora.layer import MoLoraLinear
 from molora.loading import check_base, load_experts
 from molora.placement import Placement, restrict_layers
+from molora.plain.stand_in import HowToMerge, check_tied, stand_ins
 from molora.plan import ModulePlan, plan_module
 from molora.quantization import check_merge
 from molora.row_adapters import adapters_by_row
@@ -162,7 +163,7 @@ class MoLoraModel(BaseTuner):
         Args:
             adapter_names: Which; the active ones by default.
             safe_merge: Check merged weights for NaN and infinity.
-            **how: What fixes the mixing weights, or how to approximate; see `molora.export.stand_in.HowToMerge`.
+            **how: What fixes the mixing weights, or how to approximate; see `molora.plain.stand_in.HowToMerge`.
 
         Raises:
             MergeError: If an adapter's gate depends on more than what is given.
@@ -192,7 +193,10 @@ class MoLoraModel(BaseTuner):
 
         A layer that refuses in the middle would leave the others merged.
         """
-        names = [name for name in adapter_names or self.active_adapters if name in self.peft_config]
+        names = list(adapter_names or self.active_adapters)
+        if unknown := [name for name in names if name not in self.peft_config]:
+            raise MoloraError(f"there is no adapter {unknown[0]!r}; there are {', '.join(self.peft_config)}.")
+        check_tied(self.model, names)
         layers = [m for m in self.model.modules() if isinstance(m, MoLoraLayer) and any(map(m.has_adapter, names))]
         chosen = {name: stand_ins(self, name, **how) for name in names}
         for layer in layers:
@@ -201,8 +205,13 @@ class MoLoraModel(BaseTuner):
             for name in names:
                 if layer.module_key in chosen[name] and name not in layer.merged_adapters:
                     layer.molora_stand_in[name] = chosen[name][layer.module_key]
+        merged = [(layer, len(layer.merged_adapters)) for layer in layers if hasattr(layer, "unmerge_to")]
         try:
             yield
+        except BaseException:
+            for layer, before in merged:
+                layer.unmerge_to(before)
+            raise
         finally:
             for layer in layers:
                 for name in names:

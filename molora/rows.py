@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from molora.held import plain_linear
+from molora.kernels.adapter_parts import AdapterParts
 from molora.kernels.choices import Choices
-from molora.kernels.multi_adapter import AdapterParts, mixed_rows
+from molora.kernels.multi_adapter import mixed_rows
 from molora.kernels.selfcheck import works
 from molora.routing.precision import autocast_enabled
 from molora.standard import drops, standard_of

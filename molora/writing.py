@@ -7,6 +7,7 @@ killed process leaves behind keeps the hidden name, and nothing is ever overwrit
 from __future__ import annotations
 
 import errno
+import glob
 import logging
 import os
 import shutil
@@ -55,6 +56,23 @@ def new_file(out: str | Path, needs: int = 0) -> Iterator[Path]:
     """As `new_folder`, for one file: yields the path to write to."""
     with _named(out, needs) as partial:
         yield partial
+
+
+@contextmanager
+def scratch_folder(out: str | Path) -> Iterator[Path]:
+    """A folder for what is on its way to `out`, beside it on the same disk; it is gone when the block ends.
+
+    Raises:
+        WriteError: If the place cannot be written to, or the disk gets full.
+    """
+    target, scratch = _prepare(out, 0)
+    try:
+        scratch.mkdir()
+        yield scratch
+    except (OSError, SafetensorError) as error:
+        raise _refused(target, error) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def check_vacant(out: str | Path) -> None:
@@ -133,7 +151,7 @@ def _prepare(out: str | Path, needs: int) -> tuple[Path, Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _refused(target, error) from error
-    for left in target.parent.glob(f".{target.name}{_PARTIAL}*"):
+    for left in target.parent.glob(f".{glob.escape(target.name)}{_PARTIAL}*"):
         logger.warning("%s was left by a run that was interrupted, or is one that still runs; delete it if not.", left)
     return target, target.parent / f".{target.name}{_PARTIAL}{uuid.uuid4().hex[:8]}"
 

@@ -22,6 +22,8 @@ from transformers import AutoModelForCausalLM
 import molora_cli
 from molora import ConfigError, MergeError, MoloraError
 from molora.export.job import export_adapter
+from molora.export.parts import folder_names
+from molora.export.source import load_source, read_rows_for
 from molora.writing import WriteError
 
 WORDS = {"colour": ["red", "blue", "green"], "animal": ["cat", "dog", "fox"]}
@@ -100,7 +102,7 @@ def test_a_fixed_mixture_is_exported_exactly(preset, how, inputs, base, adapter,
 
 
 def test_without_consent_a_routed_mixture_is_not_exported(adapter, tmp_path):
-    for target in ("lora", "dense", "tasks", "gguf-lora", "gguf"):
+    for target in ("lora", "dense", "tasks", "gguf-lora"):
         with pytest.raises(MergeError, match="routes every token by itself"):
             export_adapter(adapter("adamole"), tmp_path / "out", target=target)
     assert list(tmp_path.iterdir()) == []
@@ -243,6 +245,9 @@ def test_a_dense_model_has_the_base_models_dtype_or_the_one_asked_for(dtype, bas
         ({"target": "gguf", "calibrate": (), "bias": True}, {"--bias"}),
         ({"group_size": 2, "rank": 0}, {"--group-size", "--rank"}),
         ({"target": "experts", "calibrate": (), "task": 1}, {"--calibrate", "--task"}),
+        ({"target": "tasks", "calibrate": (), "method": "distilled", "prompt": "a"}, {"--method", "--prompt"}),
+        ({"target": "gguf", "gguf_base": "/nope.gguf", "outtype": "q9"}, {"--gguf-base", "--outtype"}),
+        ({"dtype": "float", "calibrate": "rows.jsonl"}, {"--dtype", "--calibrate"}),
         ({"dequantize": True, "outtype": "f16", "gguf_base": "x"}, {"--dequantize", "--outtype", "--gguf-base"}),
     ],
 )
@@ -343,3 +348,114 @@ torch.save(model(input_ids=ids).logits.detach(), {str(tmp_path / "logits.pt")!r}
 """
     subprocess.run([sys.executable, "-c", script], check=True)
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_exact_lora_that_is_cut_is_not_called_exact(base, adapter, tmp_path):
+    report = export_adapter(adapter("static"), tmp_path / "out", target="lora", rank=2)
+    assert report.method == "cut"
+    assert "exactly a LoRA of rank 16. Cut to rank 2" in report.notes[0]
+    assert "Cut to rank 2" in (tmp_path / "out/README.md").read_text()
+    assert PeftConfig.from_pretrained(tmp_path / "out").r == 2
+
+
+@pytest.mark.parametrize(
+    ("tasks", "expected"),
+    [
+        (["..", "a/b", "a b"], ["task_0", "a_b", "a_b_2"]),
+        (["", ".", "x"], ["task_0", "task_1", "x"]),
+        (["same", "same"], ["same", "same_1"]),
+    ],
+)
+def test_names_of_tasks_become_folders_inside_the_output_and_none_is_lost(tasks, expected):
+    assert folder_names(tasks) == expected
+
+
+def test_a_report_that_names_tasks_like_paths_writes_nothing_outside(adapter, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(adapter("polytropon"), source)
+    (source / "molora_report.json").write_text(json.dumps({"tasks": ["..", "../../x", "a"]}))
+    export_adapter(source, tmp_path / "sub" / "out", target="tasks")
+    assert sorted(path.name for path in (tmp_path / "sub").iterdir()) == ["out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "sub"]
+    assert len([path for path in (tmp_path / "sub/out").iterdir() if path.is_dir()]) == 3
+
+
+def test_an_adapted_output_layer_is_fitted_to_all_tokens(base, adapter, data, tmp_path):
+    source = adapter("adamole", target_modules=("lm_head", "q_proj"))
+    report = export_adapter(source, tmp_path / "out", target="lora", calibrate=(data,), **QUICK)
+    assert report.quality["calibrated"].kl < 0.5 * report.quality["base"].kl
+
+
+@pytest.mark.parametrize("method", ["calibrated", "distilled"])
+@pytest.mark.parametrize("trained", [{"bias": "all"}, {"modules_to_save": ("lm_head",)}])
+def test_what_was_trained_besides_experts_is_measured_and_kept_apart(
+    trained, method, tmp_path, data, tmp_path_factory
+):
+    base = tmp_path / "base"
+    tiny.tiny_qwen2().save_pretrained(base)
+    tiny.tiny_tokenizer().save_pretrained(base)
+    model = methods.build("adamole", kind="qwen2", **{k: list(v) if k != "bias" else v for k, v in trained.items()})
+    for name, parameter in model.named_parameters():
+        if (name.endswith("bias") and "molora" not in name) or "modules_to_save" in name:
+            parameter.data += 0.05 * torch.randn(parameter.shape)
+    model.peft_config["default"].base_model_name_or_path = str(base)
+    model.save_pretrained(tmp_path / "source")
+    options = {"calibrate": (data,), "method": method, "distill_steps": 2, "base_model": str(base), **QUICK}
+    report = export_adapter(tmp_path / "source", tmp_path / "out", target="lora", **options)
+    assert report.quality[method].kl < report.quality["base"].kl
+    assert "PEFT loads, and vLLM and llama.cpp refuse" in report.notes[-1]
+    saved = load_file(tmp_path / "source/adapter_model.safetensors")
+    written = load_file(tmp_path / "out/adapter_model.safetensors")
+    others = {name for name in saved if ".molora_" not in name}
+    assert others
+    assert all(torch.equal(written[name], saved[name]) for name in others)
+    with pytest.raises(MoloraError, match="trained more than experts"):
+        export_adapter(tmp_path / "source", tmp_path / "gguf", target="gguf-lora", **options)
+
+
+def test_rows_to_judge_by_are_never_among_those_that_were_fitted_to(data, adapter, tmp_path):
+    """Also if a file holds them twice."""
+    twice = tmp_path / "twice.jsonl"
+    twice.write_text(Path(data).read_text() * 2)
+    source = load_source(str(adapter("adamole")))
+    rows = read_rows_for(source, (str(twice),), (), 100, 0)
+    seen = {
+        part: {tuple(ids) for batch in own for ids in batch["input_ids"].tolist()} for part, own in rows.parts.items()
+    }
+    assert sum(len(batch["input_ids"]) for batch in rows.parts["judge"]) == 4
+    assert not seen["judge"] & (seen["fit"] | seen["choose"])
+
+
+def test_an_exact_form_for_one_task_is_compared_on_rows_of_that_task(base, data, tmp_path, tmp_path_factory):
+    source = tmp_path_factory.mktemp("tasks")
+    model = methods.build("polytropon", num_tasks=2)
+    model.peft_config["default"].base_model_name_or_path = str(base)
+    model.save_pretrained(source)
+    (source / "molora_report.json").write_text(json.dumps({"tasks": ["colour", "animal"]}))
+    report = export_adapter(source, tmp_path / "out", target="lora", task=1, calibrate=(data,), score=(data,))
+    assert report.quality["exact"].kl < 1e-6 < report.quality["base"].kl
+    assert {score.task for score in report.quality["exact"].scores} == {"animal"}
+
+
+@pytest.mark.parametrize(
+    ("preset", "said"), [("static", "the same for every task"), ("adamole", "routes every token")]
+)
+def test_only_what_depends_on_tasks_becomes_one_lora_each(preset, said, adapter, tmp_path):
+    with pytest.raises((ConfigError, MergeError), match=said):
+        export_adapter(adapter(preset), tmp_path / "out", target="tasks")
+
+
+def test_fresh_experts_that_do_nothing_yet_are_exported_too(base, tmp_path, tmp_path_factory):
+    source = tmp_path_factory.mktemp("fresh")
+    model = methods.build("molora", init_weights=True)
+    model.peft_config["default"].base_model_name_or_path = str(base)
+    model.save_pretrained(source)
+    export_adapter(source, tmp_path / "out", target="experts")
+    torch.testing.assert_close(logits_of(base, tmp_path / "out/expert_0"), logits_of(base))
+
+
+def test_a_large_model_is_written_in_shards(adapter, tmp_path, monkeypatch):
+    monkeypatch.setattr("molora.export.dense.SHARD", "30KB")
+    export_adapter(adapter("static"), tmp_path / "out", target="dense")
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
+    assert logits_of(tmp_path / "out").isfinite().all()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from molora.export.fit import Moments, mean_square, ridge_fit, squared_error, truncate, truncate_unweighted
+from molora.plain.fit import Moments, mean_square, ridge_fit, squared_error, truncate, truncate_unweighted
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:

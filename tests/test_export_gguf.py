@@ -18,8 +18,8 @@ from molora import base
 from molora.errors import MoloraError
 from molora.export.gguf import write_gguf_lora
 from molora.export.gguf_model import write_gguf_model
-from molora.export.plain import PlainLora
 from molora.gguf_names import ARCHITECTURES, gguf_linears, parameter_name, permute, unpermute
+from molora.plain.lora import PlainLora
 from molora.writing import WriteError
 
 NAMES = {

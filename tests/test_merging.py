@@ -5,11 +5,13 @@ import copy
 
 import methods
 import pytest
+import tiny
 import torch
 from methods import layers_of, tokens
+from peft import get_peft_model
 
 from molora import MergeError, MoloraError
-from molora.export.calibrate import batches_by_part
+from molora.plain.calibrate import batches_by_part
 
 FIXED = {
     "lora": {},
@@ -87,16 +89,13 @@ def test_scores_fix_a_router_that_reads_nothing_else():
     torch.testing.assert_close(merged(input_ids=tokens()).logits, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("selection", [{}, {"selection": "top_k", "top_k": 1}, {"selection": "top_p", "top_p": 0.5}])
 @torch.no_grad()
-def test_where_a_layer_has_a_single_expert_its_softmax_is_no_choice():
-    model = methods.build("mole", num_experts=[1, 3], top_k=1, routing_losses={})
-    for name, layer in layers_of(model).items():
-        assert layer.is_routed("default") == ("layers.1" in name)
-        if not layer.is_routed("default"):
-            x = torch.randn(2, 3, layer.in_features)
-            expected = layer(x) - layer.base_layer(x)
-            lora_a, lora_b = layer.constant_factors("default")
-            torch.testing.assert_close(x @ lora_a.T @ lora_b.T, expected, rtol=1e-4, atol=1e-5)
+def test_a_softmax_over_a_single_expert_is_no_choice_and_merges(selection):
+    fields = {"freeze_router": True, "renormalize": False, "routing_losses": {}, **selection}
+    model = methods.build("molora", num_experts=1, **fields)
+    expected = model(input_ids=tokens()).logits
+    torch.testing.assert_close(model.merge_and_unload()(input_ids=tokens()).logits, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_sigmoid_over_one_expert_is_a_choice():
@@ -127,7 +126,7 @@ def test_a_refusal_says_why_and_names_the_ways_out(preset, said):
 def test_a_task_that_is_not_known_is_refused_and_nothing_changes():
     model = methods.build("polytropon")
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(MoloraError, match="task_ids holds 3; this adapter knows 0 to 2"):
+    with pytest.raises(MoloraError, match="got task 3; adapter 'default' knows 0 to 2"):
         model.merge_adapter(task=3)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
@@ -175,3 +174,76 @@ def test_sixteen_bit_weights_are_rounded_once():
     lora_a, lora_b = layer.constant_factors("default")
     model.merge_adapter()
     assert torch.equal(layer.get_base_weight(), (weight.float() + lora_b @ lora_a).bfloat16())
+
+
+@pytest.mark.parametrize("preset", ["polytropon", "polytropon-mhr", "mocle"])
+@torch.no_grad()
+def test_routers_that_draw_noise_in_training_merge_without_it(preset):
+    model = methods.build(preset)
+    expected = model(input_ids=tokens(), task_ids=torch.tensor([1, 1, 1])).logits
+    merged = model.train().merge_and_unload(task=1).eval()
+    torch.testing.assert_close(merged(input_ids=tokens()).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_single_expert_merges_where_factors_are_mixed():
+    model = methods.build("polytropon", num_experts=1, gate="softmax", freeze_router=True, renormalize=False)
+    expected = model(input_ids=tokens(), task_ids=torch.tensor([0, 0, 0])).logits
+    torch.testing.assert_close(model.merge_and_unload()(input_ids=tokens()).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def two_adapters(first, second, **fields):
+    model = methods.build(first, **fields)
+    model.add_adapter("other", methods.config_of(second))
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("how", "names", "said"),
+    [
+        ({"prompt": tokens(1)}, ["default"], "make it the active adapter"),
+        ({"prompt": tokens(2)}, ["default"], r"shape \[2, 6\]; give the ids of one"),
+        ({}, ["nope"], "there is no adapter 'nope'; there are default, other"),
+    ],
+)
+def test_what_a_merge_cannot_see_is_said(how, names, said):
+    model = two_adapters("molora", "static", num_experts=4, router_level="sequence")
+    if "make it" in said:
+        model.set_adapter("other")
+    with pytest.raises(MoloraError, match=said):
+        model.merge_adapter(names, **how)
+    assert not any(layer.merged for layer in layers_of(model).values())
+
+
+def test_a_task_is_checked_against_the_adapter_that_is_merged():
+    model = two_adapters("polytropon", "static")
+    model.set_adapter("other")
+    with pytest.raises(MoloraError, match="got task 99; adapter 'default' knows 0 to 2"):
+        model.merge_adapter(["default"], task=99)
+
+
+@pytest.mark.parametrize("how", ["missing", "shape", "nan"])
+def test_factors_that_do_not_fit_leave_every_weight_alone(how):
+    model = methods.build("adamole")
+    factors = {name.removeprefix("base_model.model."): None for name in layers_of(model)}
+    for name, layer in zip(factors, layers_of(model).values(), strict=True):
+        factors[name] = (torch.randn(2, layer.in_features), torch.randn(layer.out_features, 2))
+    last = list(factors)[-1]
+    if how == "missing":
+        factors = {last: factors[last]}
+    elif how == "shape":
+        factors[last] = (factors[last][0][:, :-1], factors[last][1])
+    else:
+        factors[last][0][0, 0] = float("nan")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"factors|NaNs"):
+        model.merge_adapter(factors=factors, safe_merge=True)
+    assert not any(layer.merged for layer in layers_of(model).values())
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=1e-5, atol=1e-5)
+
+
+def test_an_output_layer_that_is_the_embedding_too_is_not_merged_into():
+    base = tiny.tiny_llama(tie_word_embeddings=True)
+    model = get_peft_model(base, methods.config_of("static", target_modules=["lm_head", "q_proj"]))
+    with pytest.raises(MergeError, match="is the input embedding too"):
+        model.merge_and_unload()

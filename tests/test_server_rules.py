@@ -19,7 +19,7 @@ from tiny import tiny_gpt2, tiny_llama, tiny_qwen2
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from molora.export.plain import PlainLora, write_lora
+from molora.plain.lora import PlainLora, write_lora
 
 MAX_RANK = 512
 """The highest of vLLM's `max_lora_rank`."""

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from molora.writing import WriteError, check_place, new_file, new_folder, size
+from molora.writing import WriteError, check_place, new_file, new_folder, scratch_folder, size
 
 
 def names(folder: Path) -> list[str]:
@@ -67,6 +67,19 @@ def test_what_appeared_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
         (tmp_path / "out" / "theirs").write_text("theirs")
     assert names(tmp_path / "out") == ["theirs"]
     assert names(tmp_path) == ["out"]
+
+
+def test_a_name_is_no_pattern(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "x**[y]") as folder:
+        (folder / "a").write_text("a")
+    assert names(tmp_path) == ["x**[y]"]
+
+
+def test_a_scratch_folder_lies_beside_its_target_and_is_gone_afterwards(tmp_path: Path) -> None:
+    with scratch_folder(tmp_path / "out") as scratch:
+        assert scratch.parent == tmp_path
+        (scratch / "a").write_text("a")
+    assert names(tmp_path) == []
 
 
 def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:

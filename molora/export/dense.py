@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from molora.errors import MergeError, MoloraError
-from molora.export.plain import PlainLora
-from molora.export.stand_in import HowToMerge
+from molora.plain.lora import PlainLora
+from molora.plain.stand_in import HowToMerge
 
 SHARD = "5GB"
 """Most bytes of one file, as transformers' own default for large models."""
@@ -33,7 +33,7 @@ def merge_dense(model: Any, lora: PlainLora | None = None, dtype: torch.dtype | 
         **how: As `merge_adapter` takes it.
 
     Raises:
-        MergeError: If base weights are quantised, or shared with a module that must not change.
+        MergeError: If base weights are quantised, or shared with another module.
     """
     base = model.get_base_model()
     if getattr(base, "quantization_method", None) is not None:
@@ -42,7 +42,6 @@ def merge_dense(model: Any, lora: PlainLora | None = None, dtype: torch.dtype | 
             "`--dequantize` to write a dequantised model with the adapter merged in, or export a LoRA, which loads on "
             "the quantised base."
         )
-    _check_tied(base)
     dtype = dtype or _own_dtype(base)
     chosen: HowToMerge = {**how}  # type: ignore[typeddict-item]  # checked where it is used
     if lora is not None:
@@ -78,18 +77,3 @@ def _own_dtype(base: Any) -> torch.dtype:
     saved = base.config.get_text_config().dtype
     dtype = getattr(torch, saved) if isinstance(saved, str) else saved
     return dtype or next(base.parameters()).dtype
-
-
-def _check_tied(base: Any) -> None:
-    """Refuse to change a matrix that is embedding and output layer in one."""
-    embedding, output = base.get_input_embeddings(), base.get_output_embeddings()
-    adapted = getattr(output, "molora_plan", None) or getattr(embedding, "molora_plan", None)
-    if adapted and embedding is not None and output is not None and _weight(embedding) is _weight(output):
-        raise MergeError(
-            "the adapter changes the output layer, whose weight is the input embedding too, so merging would change "
-            "both. Export a LoRA instead, or train without lm_head."
-        )
-
-
-def _weight(module: Any) -> Any:
-    return getattr(module, "base_layer", module).weight

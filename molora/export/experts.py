@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from molora.errors import MergeError, MoloraError
-from molora.export.fixed import Fixed, fixed_factors, layers_of
-from molora.export.plain import PlainLora
+from molora.plain.fixed import Fixed, fixed_factors, layers_of
+from molora.plain.lora import PlainLora
 
 GROUP_OF_SINGLES = 8
 """Experts of rank 1 in one LoRA, unless said otherwise: servers hold tens of adapters, not hundreds."""
@@ -45,7 +45,8 @@ def expert_loras(
 
     Yields:
         Routed experts in their order, then shared ones. A linear where none of a group's experts has a rank is left
-        out. Plain LoRAs beside the mixture, such as MixLoRA's on attention, belong to every expert and go into each.
+        out, and so is a group without any. Plain LoRAs beside the mixture, such as MixLoRA's on attention, belong to
+        every expert and go into each.
 
     Raises:
         MergeError: If an expert alone is no linear map of the input.
@@ -71,8 +72,10 @@ def expert_loras(
         factors = {}
         for name, layer in layers.items():
             down, up = layer.folded(adapter_name, _chosen(plans[name], experts))
-            if len(down) and bool((up != 0).any() or not plans[name].ranks):
+            if len(down):
                 factors[name] = (down, up)
+        if not factors:
+            continue  # they have no ranks anywhere, as `molora prune` leaves them
         yield ExpertLora(_name(experts, routed), experts, PlainLora(factors, {}, _is_transposed(layers)))
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from molora.errors import MoloraError, one_of
-from molora.export.plain import PlainLora
 from molora.gguf_names import GgufLinear, architecture_of, gguf_linears, import_gguf
+from molora.plain.lora import PlainLora
 from molora.writing import new_file
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from torch import Tensor
 from molora.errors import MoloraError, one_of
 from molora.export.gguf import adapted_linears
 from molora.export.gguf_template import Template, check_template, open_template, value
-from molora.export.plain import PlainLora
 from molora.gguf_names import GgufLinear
+from molora.plain.lora import PlainLora
 from molora.writing import check_place, new_file
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from molora.errors import MoloraError
-from molora.export.plain import PlainLora
 from molora.gguf_names import GgufLinear, architecture_of, import_gguf
+from molora.plain.lora import PlainLora
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

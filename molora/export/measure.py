@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax
 from tqdm.auto import tqdm
 
-from molora.export.moments import Batch, run_batch
 from molora.modes import evaluating
+from molora.plain.moments import Batch, run_batch
 
 IGNORED = -100
 POSITIONS = 512
@@ -37,51 +37,62 @@ class Divergence:
     tokens: int
 
 
-def twin_of(model: nn.Module) -> nn.Module:
+def twin_of(model: nn.Module, own_biases: bool = False) -> nn.Module:
     """A copy of a model that shares its parameters and buffers, so that it takes no memory.
 
     Adapters put on the one are not on the other. Merging into either would change both.
+
+    Args:
+        model: The model.
+        own_biases: Give it biases of its own, as adapters that train them overwrite them.
     """
-    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    shared: dict[int, Any] = {id(t): t for name, t in tensors if not (own_biases and name.endswith("bias"))}
     return copy.deepcopy(model, shared)
+
+
+class Compared(NamedTuple):
+    """Two models on the same rows.
+
+    Attributes:
+        routed: The one compared with; its `kl` is `None`.
+        other: The one to judge.
+    """
+
+    routed: Divergence
+    other: Divergence
 
 
 @torch.no_grad()
 def divergences(
     routed: nn.Module,
-    others: Mapping[str, Callable[[], AbstractContextManager[Any]]],
-    model: nn.Module,
+    other: nn.Module,
     batches: Sequence[Batch],
-    *,
-    progress: bool = False,
-) -> dict[str, Divergence]:
-    """Compare the predictions of several models on labelled rows.
+    block: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Compared:
+    """Compare the predictions of two models on labelled rows.
 
     Args:
-        routed: The model to compare with; its own perplexity is in the result as `routed`.
-        others: By name, a block in which `model` is the one to judge, such as one with another adapter active.
-        model: What runs inside the blocks.
+        routed: The model to compare with.
+        other: The model to judge.
         batches: Keyword arguments of the models, with `labels`; -100 marks tokens that do not count.
-        progress: Show a progress bar.
-
-    Returns:
-        By name, `routed` first.
+        block: Makes `other` what it is while it runs, if the two are one model with another adapter active.
     """
-    sums = {name: torch.zeros(3, dtype=torch.float64) for name in ("routed", *others)}
-    with evaluating(routed, model):
-        for batch in tqdm(batches, desc="comparing", unit="batch", disable=not progress):
+    own, across = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    with evaluating(routed, other):
+        for batch in tqdm(batches, desc="comparing", unit="batch", leave=False):
             wanted, labels = _predictions(routed, batch)
-            sums["routed"] += _sums(wanted, wanted, labels)
-            for name, block in others.items():
-                with block():
-                    given, _ = _predictions(model, batch)
-                sums[name] += _sums(wanted, given, labels)
-    return {
-        name: Divergence(
-            None if name == "routed" else float(kl / count), math.exp(min(float(loss / count), 700.0)), int(count)
-        )
-        for name, (kl, loss, count) in sums.items()
-    }
+            with block():
+                given, _ = _predictions(other, batch)
+            own += _sums(wanted, wanted, labels)
+            across += _sums(wanted, given, labels)
+    return Compared(_divergence(own, with_kl=False), _divergence(across, with_kl=True))
+
+
+def _divergence(sums: Tensor, with_kl: bool) -> Divergence:
+    kl, loss, count = sums.tolist()
+    count = max(count, 1)
+    return Divergence(kl / count if with_kl else None, math.exp(min(loss / count, 700.0)), int(count))
 
 
 def _predictions(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from molora.errors import ConfigError, Problem, one_of
-from molora.export.calibrate import METHODS as FITTED
+from molora.plain.calibrate import METHODS as FITTED
 
 TARGETS = ("lora", "experts", "tasks", "dense", "gguf-lora", "gguf")
+DTYPES = ("float32", "float16", "bfloat16")
+OUTTYPES = {"gguf-lora": ("f32", "f16"), "gguf": ("f32", "f16", "bf16", "q8_0", "template")}
 METHODS = (*FITTED, "distilled")
 
 
@@ -24,7 +27,7 @@ class ExportOptions:
         method: How it is found: `uniform`, `usage`, `calibrated` (the default) or `distilled`.
         rank: Rank of the LoRA; default that of the bank.
         bias: Fit a constant for each output too; only PEFT loads it.
-        joint: Fit block after block, see `molora.export.calibrate`.
+        joint: Fit block after block, see `molora.plain.calibrate`.
         rows: At most so many calibration rows.
         task: Id of the task to export for, for routers that read it.
         expert_scores: A number per expert, for routing that reads them.
@@ -107,8 +110,24 @@ class ExportOptions:
             for name in ("calibrate", "rank", "task", "expert_scores", "prompt"):
                 if getattr(self, name) is not None:
                     yield Problem(_flag(name), "experts are exported as they are; leave it out.")
-        if self.target == "tasks" and self.task is not None:
-            yield Problem("--task", "every task is exported; leave it out, or use `--as lora`.")
+        yield from self._problems_of_values()
+
+    def _problems_of_values(self) -> Iterator[Problem]:
+        if self.target == "tasks":
+            for name in ("task", "expert_scores", "prompt"):
+                if getattr(self, name) is not None:
+                    yield Problem(_flag(name), "every task is exported; leave it out, or use `--as lora`.")
+            if self.method == "distilled":
+                yield Problem("--method", "'distilled' makes one LoRA; use `--as lora`, or another method.")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            yield Problem("--dtype", one_of(self.dtype, DTYPES))
+        if self.outtype is not None and self.target in OUTTYPES and self.outtype not in OUTTYPES[self.target]:
+            yield Problem("--outtype", one_of(self.outtype, OUTTYPES[self.target]))
+        if self.gguf_base is not None and self.target == "gguf" and not Path(self.gguf_base).expanduser().is_file():
+            yield Problem("--gguf-base", f"there is no file {self.gguf_base!r}.")
+        for name in ("calibrate", "score"):
+            if isinstance(getattr(self, name), str):
+                yield Problem(_flag(name), "must be a list of files.")
 
 
 def _flag(name: str) -> str:

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from peft import PeftModel
 
 from molora.data import TaskCollator
-from molora.evaluation import score_tasks
+from molora.evaluation import TaskScore, score_tasks
 from molora.export.measure import divergences
-from molora.export.moments import Batch
 from molora.export.options import ExportOptions
-from molora.export.plain import PREFIX, PlainLora, write_lora
 from molora.export.report import Quality
 from molora.export.source import Source
+from molora.plain.lora import PREFIX, PlainLora, write_lora
+from molora.plain.moments import Batch
 
 NAME = "{}.lora_{}.{}.weight"
 
@@ -53,21 +53,25 @@ def compare(
     Returns:
         `base`, `routed`, then the candidates in their order.
     """
-    with _loaded(source.plain, folders) as plain:
-        blocks: dict[str, Callable[[], AbstractContextManager[Any]]] = {"base": plain.disable_adapter}
-        blocks |= {name: partial(_active, plain, name) for name in folders}
-        quality = {name: Quality() for name in ("base", "routed", *folders)}
-        if judged:
-            for name, found in divergences(source.model, blocks, plain, judged, progress=True).items():
-                quality[name].kl, quality[name].perplexity = found.kl, found.perplexity
-        if options.evaluate and scored:
-            longest = source.run.evaluation.eval_max_new_tokens if source.run is not None else 64
-            for name in quality:
-                model = source.model if name == "routed" else plain
-                with blocks.get(name, nullcontext)():
-                    quality[name].scores = score_tasks(
-                        model, source.tokenizer, scored, max_new_tokens=longest, progress=True
-                    )
+    longest = source.run.evaluation.eval_max_new_tokens if source.run is not None else 64
+
+    def scores(model: Any) -> list[TaskScore]:
+        if not (options.evaluate and scored):
+            return []
+        return score_tasks(model, source.tokenizer, scored, max_new_tokens=longest, progress=True)
+
+    quality = {"base": Quality(scores=scores(source.plain)), "routed": Quality(scores=scores(source.model))}
+    if judged:
+        found = divergences(source.model, source.plain, judged)
+        quality["base"].kl, quality["base"].perplexity = found.other.kl, found.other.perplexity
+        quality["routed"].perplexity = found.routed.perplexity
+    for name, folder in folders.items():
+        # One at a time: each brings its own copy of whatever was trained whole, and PEFT loads one with biases.
+        with _loaded(source.plain, folder) as plain:
+            quality[name] = Quality(scores=scores(plain))
+            if judged:
+                other = divergences(source.model, plain, judged).other
+                quality[name].kl, quality[name].perplexity = other.kl, other.perplexity
     return quality
 
 
@@ -86,6 +90,8 @@ def distilled(
     from molora.trainers.distillation import DistillationOptions, distil  # costs the import of transformers' trainer
 
     student = PeftModel.from_pretrained(source.plain, str(start), is_trainable=True)
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_("lora_" in name)  # what was trained whole is the adapter's, and stays
     try:
         distil(
             student,
@@ -109,19 +115,15 @@ def distilled(
 
 
 @contextmanager
-def _loaded(base: Any, folders: Mapping[str, Path]) -> Iterator[PeftModel]:
-    """The base model with all candidates as adapters; without any again afterwards."""
-    first, *rest = folders
-    model = PeftModel.from_pretrained(base, str(folders[first]), adapter_name=first).eval()
+def _loaded(base: Any, folder: Path) -> Iterator[PeftModel]:
+    """The base model with one candidate; without it again afterwards, biases included."""
+    biases = {name: p.detach().clone() for name, p in base.named_parameters() if name.endswith("bias")}
+    model = PeftModel.from_pretrained(base, str(folder)).eval()
     try:
-        for name in rest:
-            model.load_adapter(str(folders[name]), adapter_name=name)
         yield model
     finally:
         model.unload()
-
-
-@contextmanager
-def _active(model: PeftModel, name: str) -> Iterator[None]:
-    model.set_adapter(name)
-    yield
+        with torch.no_grad():
+            for name, parameter in base.named_parameters():
+                if name in biases:
+                    parameter.copy_(biases[name])

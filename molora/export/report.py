@@ -11,7 +11,7 @@ from rich.table import Table
 
 from molora._version import __version__
 from molora.evaluation import LOWER_IS_BETTER, TaskScore
-from molora.export.calibrate import CURVE, Calibration
+from molora.plain.calibrate import CURVE, Calibration
 
 _TITLES = {
     "lora": "A plain LoRA",
@@ -61,12 +61,12 @@ class ExportReport:
         source: The adapter's folder.
         base_model: Its base model.
         target: What was written: `lora`, `experts`, `tasks`, `dense`, `gguf-lora`, `gguf`.
-        method: `exact`, or how the nearest plain LoRA was found.
+        method: `exact`, `cut` for an exact one brought down to a lower rank, or how the nearest one was found.
         fixed_by: What fixed the mixing weights, if they read something.
         rank: Rank of the LoRA, or of the largest.
         data: Where the calibration rows come from.
         calibration: Errors of every linear; `None` for an exact export.
-        quality: By form: `base`, `routed`, the methods, and `written`, what was read back from the new files.
+        quality: By form: `base`, `routed`, and the plain LoRAs that were tried, each read back from a folder by PEFT.
         notes: What a user should know.
     """
 

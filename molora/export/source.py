@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,11 @@ from molora.adapters import read_adapter_config, read_adapter_tensors
 from molora.config import MoLoraConfig
 from molora.data import TaskCollator, TaskData, load_tasks, mix, tokenize_tasks
 from molora.errors import ConfigError, DataError, Problem
-from molora.export.calibrate import batches_by_part
 from molora.export.dense import dequantized
 from molora.export.measure import twin_of
-from molora.export.moments import Batch
 from molora.loaded import load_base_of, saved_tokenizer
+from molora.plain.calibrate import batches_by_part
+from molora.plain.moments import Batch
 from molora.quantization import RUN_FILE
 from molora.report import known_tasks
 from molora.runfile import RunFile, load_run_file
@@ -94,7 +94,7 @@ def load_source(
     device = torch.accelerator.current_accelerator()
     if device is not None and getattr(base, "quantization_method", None) is None:  # quantised ones are there already
         base.to(device)  # type: ignore[arg-type]  # a decorator of transformers hides the signature
-    plain = twin_of(base)
+    plain = twin_of(base, own_biases=config.bias != "none")
     model = PeftModel.from_pretrained(base, directory, adapter_name=ADAPTER).eval()
     tokenizer = saved_tokenizer(directory, tokenizer, base)
     name = str(base_model or config.base_model_name_or_path)
@@ -152,9 +152,10 @@ def read_rows_for(source: Source, files: Sequence[str], scored: Sequence[str], r
         tasks, origin = _of_run(source), "the data it was trained on"
     max_length = source.run.training.get("max_length", 1024) if source.run is not None else 1024
     encoded = tokenize_tasks(tasks, source.tokenizer, max_length)
-    mixed = list(mix([task.dataset for task in encoded], [task.weight for task in tasks if task.train], seed))[:rows]
+    weights = [task.weight for task in tasks if task.train]
+    mixed = _distinct(mix([task.dataset for task in encoded], weights, seed))[:rows]
     collate = TaskCollator(int(source.tokenizer.pad_token_id))
-    by_task = {task.name: list(mix([task.dataset], [1.0], seed))[:rows] for task in encoded}
+    by_task = {task.name: _distinct(mix([task.dataset], [1.0], seed))[:rows] for task in encoded}
     given = _of_files(scored, names) if scored else []
     evaluated = [replace(task, eval=task.train) for task in given] or [task for task in tasks if not files]
     fitted = [row for index, row in enumerate(mixed) if index % 10 < 9]
@@ -164,6 +165,24 @@ def read_rows_for(source: Source, files: Sequence[str], scored: Sequence[str], r
 def parts_of_task(source: Source, rows: Rows, task: str) -> dict[str, list[Batch]]:
     """The calibration rows of one task alone, dealt out."""
     return batches_by_part(rows.by_task[task], TaskCollator(int(source.tokenizer.pad_token_id)), BATCH_SIZE)
+
+
+def _distinct(rows: Iterable[Any]) -> list[Any]:
+    """Every row once: what is judged by must not have been fitted to."""
+    found: dict[Any, Any] = {}
+    for row in rows:
+        found.setdefault((*row["input_ids"], row.get("task_ids")), row)
+    return list(found.values())
+
+
+def only_task(rows: Rows, task: int) -> Rows:
+    """The rows of one task alone, by its id."""
+    parts: dict[str, list[Batch]] = {}
+    for part, batches in rows.parts.items():
+        kept = [{name: value[batch["task_ids"] == task] for name, value in batch.items()} for batch in batches]
+        parts[part] = [batch for batch in kept if len(batch["input_ids"])]
+    scored = [one if index == task else replace(one, eval=[]) for index, one in enumerate(rows.scored)]
+    return replace(rows, parts=parts, scored=_with_eval(scored))
 
 
 def _with_eval(tasks: list[TaskData]) -> list[TaskData]:

@@ -9,11 +9,14 @@ from pathlib import Path
 import torch
 
 from molora.base import gguf_of
+from molora.errors import MoloraError
 from molora.export.dense import dense_bytes, merge_dense, save_dense
+from molora.export.gguf_template import open_template
 from molora.export.options import ExportOptions
-from molora.export.plain import PlainLora, folder_bytes
 from molora.export.report import EXPORT_FILE, ExportReport, model_card
 from molora.export.source import Source
+from molora.gguf_names import architecture_of
+from molora.plain.lora import PlainLora, folder_bytes
 from molora.writing import new_folder
 
 MOST_RANK = 512
@@ -29,11 +32,11 @@ _TAGS = {
 }
 _PARTS = "Each sub-folder is a plain LoRA: `PeftModel.from_pretrained(base, FOLDER/NAME)`. molora is not needed."
 _LOADED = {
-    "lora": "A plain LoRA: `PeftModel.from_pretrained(base, FOLDER)` with PEFT, `--lora-modules NAME=FOLDER` with vLLM. "
-    "molora is not needed.",
+    "lora": "A plain LoRA: `PeftModel.from_pretrained(base, FOLDER)` with PEFT, `--lora-modules NAME=FOLDER` with "
+    "vLLM. molora is not needed.",
     "experts": _PARTS,
     "tasks": _PARTS,
-    "dense": "A transformers model: `AutoModelForCausalLM.from_pretrained(FOLDER)`. Neither PEFT nor molora is needed.",
+    "dense": "A transformers model: `AutoModelForCausalLM.from_pretrained(FOLDER)`. PEFT and molora are not needed.",
     "gguf-lora": "For llama.cpp: `llama-cli -m BASE.gguf --lora adapter.gguf`.",
     "gguf": "For llama.cpp: `llama-cli -m model.gguf`.",
 }
@@ -54,7 +57,7 @@ def write_target(
     """
     base = source.plain
     if options.target == "lora":
-        with new_folder(out, needs=folder_bytes(lora)) as folder:
+        with new_folder(out, needs=folder_bytes(lora) + other_bytes(source)) as folder:
             shutil.copytree(written, folder, dirs_exist_ok=True)
             source.tokenizer.save_pretrained(str(folder))
             write_report(folder, report)
@@ -98,6 +101,30 @@ def _write_gguf(
             outtype=options.outtype or "f16",
         )
         write_report(folder, report)
+
+
+def check_target(source: Source, options: ExportOptions) -> None:
+    """Refuse what cannot be written, before work is done for it.
+
+    Raises:
+        MoloraError: If llama.cpp cannot hold what the adapter trained, or has no GGUF file to start from.
+    """
+    if options.target not in ("gguf-lora", "gguf"):
+        return
+    others, _ = source.others()
+    if others:
+        raise MoloraError(
+            f"the adapter trained more than experts ({sorted(others)[0]}, ...), which a file for llama.cpp lacks; "
+            "use `--as dense`, and llama.cpp's convert_hf_to_gguf.py on the result."
+        )
+    architecture_of(source.plain.config.get_text_config())
+    if options.target == "gguf":
+        open_template(options.gguf_base or gguf_of(source.base_model))
+
+
+def other_bytes(source: Source) -> int:
+    """Bytes of what the adapter trained besides experts, which goes into every LoRA."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in source.others()[0].values())
 
 
 def what_servers_refuse(source: Source, lora: PlainLora) -> list[str]:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from molora.errors import MoloraError
+from molora.kernels.adapter_parts import AdapterParts
 from molora.kernels.choices import Choices
 from molora.kernels.mixture import mixing_weights
 from molora.kernels.products import product_dtype
@@ -29,31 +30,6 @@ from molora.routing.precision import full_precision, promote
 FEW_TOKENS = 64
 """From so many tokens on, scattered rows are products of their own; below, the rows of an adapter are copied together.
 Measured with fp32, width 1024 on one CPU thread: copying takes 0.8 of the time at 16 tokens, 1.0 at 64, 1.2 at 128."""
-
-
-class AdapterParts(NamedTuple):
-    """What one adapter has at one linear.
-
-    Attributes:
-        a: `[R, in]`, in the dtype of the input.
-        router: `[E, in]`.
-        b: `[out, R]`, in the dtype of the input.
-        scale: Factor of its output.
-        router_bias: `[E]`.
-        threshold_row: `[1, in]`, the threshold net; needed by `adaptive_threshold` and ignored by other selections.
-        threshold_bias: `[1]`.
-        stacked: `[A; router; threshold row]`, the last if the selection needs it, if the caller keeps them that way.
-            Used where all of `x` is multiplied in its dtype.
-    """
-
-    a: Tensor
-    router: Tensor
-    b: Tensor
-    scale: float
-    router_bias: Tensor | None = None
-    threshold_row: Tensor | None = None
-    threshold_bias: Tensor | None = None
-    stacked: Tensor | None = None
 
 
 class _Piece(NamedTuple):

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from molora.errors import ConfigError, Problem
-from molora.export.moments import Batch
 from molora.export.source import ADAPTER, Source, load_source, read_rows_for
+from molora.plain.moments import Batch
 from molora.plan import routing_reads
 from molora.slim.adapter import Adapter, folder_bytes, read_adapter, write_adapter
 from molora.slim.changes import Slimmed

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from molora.export.fixed import layers_of
 from molora.export.measure import divergences
-from molora.export.moments import Batch, run_batch
 from molora.likelihood import last_logits_only
 from molora.modes import evaluating
+from molora.plain.fixed import layers_of
+from molora.plain.moments import Batch, run_batch
 from molora.routing.masks import TokenMasks
 from molora.slim.statistics import real_tokens
 from molora.watch import Seen, watching
@@ -83,8 +83,7 @@ def quality(model: nn.Module, batches: Sequence[Batch], before: str, after: str)
         finally:
             model.set_adapter(before)  # type: ignore[operator]  # likewise
 
-    found = divergences(model, {"slimmed": slimmed}, model, batches)
-    old, new = found["routed"], found["slimmed"]
+    old, new = divergences(model, model, batches, slimmed)
     return Quality(float(new.kl or 0.0), old.perplexity, new.perplexity, old.tokens)
 
 

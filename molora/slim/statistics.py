@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from molora.errors import DataError
-from molora.export.fixed import layers_of
-from molora.export.moments import Batch, run_batch
 from molora.likelihood import last_logits_only
 from molora.modes import evaluating
+from molora.plain.fixed import layers_of
+from molora.plain.moments import Batch, run_batch
 from molora.routing.masks import TokenMasks
 from molora.routing.record import RoutingRecord, record_routing
 from molora.watch import Seen, watching

@@ -8,8 +8,9 @@ import torch
 
 from molora.errors import MoloraError
 from molora.kernels import multi_adapter
+from molora.kernels.adapter_parts import AdapterParts
 from molora.kernels.choices import Choices
-from molora.kernels.multi_adapter import AdapterParts, mixed_rows
+from molora.kernels.multi_adapter import mixed_rows
 from molora.routing.route import RoutingExtras, RoutingSpec, route
 
 TOP_2 = Choices("softmax", "top_k", renormalize=True, top_k=2)

@@ -25,8 +25,8 @@ from transformers.pytorch_utils import Conv1D
 
 from molora.export.gguf import write_gguf_lora
 from molora.export.gguf_model import write_gguf_model
-from molora.export.plain import PlainLora, write_lora
 from molora.gguf_names import ARCHITECTURES
+from molora.plain.lora import PlainLora, write_lora
 
 HERE = Path(__file__).parent
 SIZES: dict[str, Any] = {

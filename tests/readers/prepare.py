@@ -24,8 +24,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from molora.base import PACKAGED, gguf_of, resolve_base
 from molora.export.gguf import write_gguf_lora
 from molora.export.gguf_model import write_gguf_model
-from molora.export.plain import PREFIX, PlainLora, write_lora
 from molora.gguf_names import parameter_name, unpermute
+from molora.plain.lora import PREFIX, PlainLora, write_lora
 
 PROMPTS = (
     "The capital of France is",

@@ -53,7 +53,7 @@ from molora.kernels.triton.route_shrink import _router_tile, mixing_weights, sel
 from molora.kernels.triton.tiles import device_class, padded, processors
 
 if TYPE_CHECKING:
-    from molora.kernels.multi_adapter import AdapterParts
+    from molora.kernels.adapter_parts import AdapterParts
 
 MOST_TOKENS = 16
 """Tokens of one block, the fewest that a dot takes: rows of so many have this form."""

@@ -47,7 +47,7 @@ from molora.kernels.triton.route_shrink import route_shrink, shrink_constants
 from molora.kernels.triton.tiles import FEW_TOKENS, expand_tile, shrink_tile
 
 if TYPE_CHECKING:
-    from molora.kernels.multi_adapter import AdapterParts
+    from molora.kernels.adapter_parts import AdapterParts
 
 
 @triton.jit

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from molora.kernels.adapter_parts import AdapterParts
 from molora.kernels.choices import Choices
-from molora.kernels.multi_adapter import AdapterParts
 from molora.kernels.triton.common import padded_experts
 from molora.kernels.triton.expand_add import expand_constants
 from molora.kernels.triton.few_tokens import few_constants, options, rows_partial, rows_route_expand

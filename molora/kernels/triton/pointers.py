@@ -21,7 +21,7 @@ from torch import Tensor
 from molora.kernels.choices import Choices
 
 if TYPE_CHECKING:
-    from molora.kernels.multi_adapter import AdapterParts
+    from molora.kernels.adapter_parts import AdapterParts
 
 MATRIX_A = tl.constexpr(0)
 ROUTER = tl.constexpr(1)

@@ -12,19 +12,27 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from molora.errors import MergeError, MoloraError
-from molora.export.fit import Moments, mean_square, ridge_fit, squared_error, truncate, truncate_unweighted
-from molora.export.fixed import layers_of
-from molora.export.moments import DEFAULT_MEMORY, PARTS, Batch, collect
-from molora.export.plain import PlainLora
 from molora.fold import Factors
 from molora.kernels import split_factors
 from molora.layouts import LAYOUTS
+from molora.plain.fit import (
+    Moments,
+    mean_square,
+    relative_error,
+    ridge_fit,
+    squared_error,
+    truncate,
+    truncate_unweighted,
+)
+from molora.plain.fixed import layers_of
+from molora.plain.lora import PlainLora
+from molora.plain.moments import DEFAULT_MEMORY, PARTS, Batch, collect
 from molora.routing.precision import promote
 
 METHODS = ("uniform", "usage", "calibrated")
 """How a plain LoRA is made: all experts alike, by their mean weight, or fitted to the data."""
 
-RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1)
+RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 """Tried for each linear; how far the fit keeps to the experts' mean weights where the data says little."""
 
 CURVE = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -41,6 +49,7 @@ class LinearFit:
         ridge: The ridge that did best on the rows to choose by; `None` where nothing was fitted.
         errors: For each method `E|Δ - Δ'|² / E|Δ|²` on rows that nothing was fitted to: Δ is what the adapter adds to
             the output and Δ' what the plain LoRA adds. 0 is perfect, 1 as bad as leaving the adapter out.
+            Where the adapter is a plain LoRA anyway and nothing was fitted, the same of the weights.
         energy: For ranks of `CURVE`, the share of the fitted map's mean squared output that this rank keeps.
     """
 
@@ -66,8 +75,9 @@ class Calibration:
     tokens: dict[str, int]
 
     def mean_error(self, method: str) -> float:
-        """Mean over linears of a method's error."""
-        return sum(fit.errors[method] for fit in self.linears) / len(self.linears)
+        """Mean of a method's error over the linears that route, or over all if none does."""
+        routed = [fit for fit in self.linears if fit.ridge is not None] or self.linears
+        return sum(fit.errors[method] for fit in routed) / len(routed)
 
 
 @dataclass
@@ -93,7 +103,7 @@ def calibrate(
     """Find the plain LoRAs that come nearest to a routed adapter on calibration data.
 
     `calibrated` is the linear map `A*` with the same B that is nearest in the mean of the squared output, shrunk
-    towards `usage` by a ridge chosen on rows of its own. See `molora.export.fit`.
+    towards `usage` by a ridge chosen on rows of its own. See `molora.plain.fit`.
 
     Args:
         model: A model with the adapter, which must be its active one.
@@ -175,17 +185,9 @@ def _constant(name: str, layer: Any, adapter_name: str, rank: int | None) -> Any
         return None
     whole_down, whole_up = (matrix.double() for matrix in layer.constant_factors(adapter_name))
     down, up = truncate_unweighted(whole_down, whole_up, rank or len(whole_down))
-    error = _relative(down, up, whole_down, whole_up) if len(down) < len(whole_down) else 0.0
+    error = relative_error(down, up, whole_down, whole_up) if len(down) < len(whole_down) else 0.0
     padded = (torch.nn.functional.pad(down, (0, 1)), up)
     return _Result(dict.fromkeys(METHODS, padded), LinearFit(name, len(down), None, dict.fromkeys(METHODS, error)))
-
-
-def _relative(down: Tensor, up: Tensor, whole_down: Tensor, whole_up: Tensor) -> float:
-    """`‖U V - B A‖² / ‖B A‖²` without forming either product."""
-    downs, ups = torch.cat([down, whole_down]), torch.cat([up, -whole_up], dim=1)
-    difference = ((ups.T @ ups) * (downs @ downs.T)).sum()
-    whole = ((whole_up.T @ whole_up) * (whole_down @ whole_down.T)).sum()
-    return float(difference / whole.clamp_min(1e-30))
 
 
 def _fit(
@@ -251,7 +253,9 @@ def _mixed(layer: Any, adapter_name: str, weights: Tensor) -> Tensor:
 def _replaced(layer: Any, factors: Factors) -> Iterator[None]:
     """Let a linear answer as with a plain LoRA inside the block."""
 
-    def answer(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    def answer(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        if module.routing_scope.silent:  # the base model's own pass, which a router reads the end of
+            return None
         x = args[0]
         down, up = (matrix.to(output) for matrix in factors)
         return module.base_layer(x) + linear(linear(x.to(output), down[:, :-1], down[:, -1]), up)

@@ -12,9 +12,9 @@ from torch.nn.functional import pad
 from tqdm.auto import tqdm
 
 from molora.errors import MoloraError
-from molora.export.fit import Moments
 from molora.heads import last_logits_only
 from molora.modes import evaluating
+from molora.plain.fit import Moments
 from molora.plan import layer_of
 from molora.routing.inputs import routing_inputs, scopes
 from molora.routing.masks import TokenMasks, prompt_of_labels, token_masks
@@ -61,7 +61,9 @@ def collect(
     """
     groups = list(_groups(layers, len(batches), max_memory, by_block))
     options: dict[str, Any] = {"use_cache": False} if hasattr(model, "generate") else {}
-    options |= last_logits_only(model)
+    # An adapted output layer must see every token.
+    if not any(layer is _output_layer(model) for layer in layers.values()):
+        options |= last_logits_only(model)
     total = len(groups) * sum(map(len, batches.values()))
     with evaluating(model), tqdm(total=total, desc="calibrating", unit="batch", disable=not progress) as bar:
         for group in groups:
@@ -91,13 +93,22 @@ def run_batch(
     given = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
     labels = given.pop("labels", None)
     routing: dict[str, Any] = {name: given.pop(name) for name in _ROUTING if name in given}
-    if labels is not None and "attention_mask" in given:
+    if labels is not None and "attention_mask" in given and labels.shape == given["attention_mask"].shape:
         routing["prompt_mask"] = prompt_of_labels(labels, given["attention_mask"])
+    encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    if encoder_decoder and labels is not None:
+        whole: Any = model
+        base = whole.get_base_model() if hasattr(whole, "get_base_model") else whole
+        given["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(labels)
     if begin is not None:
-        encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
         begin(token_masks(given, encoder_decoder))
     with routing_inputs(model, **routing) if scopes(model) else nullcontext():
         return model(**given, **options)
+
+
+def _output_layer(model: Any) -> Any:
+    find = getattr(model, "get_output_embeddings", None)
+    return find() if find is not None else None
 
 
 class _Enough(Exception):
@@ -183,16 +194,16 @@ class _Collector:
             self.sums[key] = _empty(h.shape[1], flat.shape[1], seen.weights, plan.num_splits, flat.device)
         own = self.sums[key]
         if owner == key:
-            own.xx += (flat.T @ flat).double()
+            own.xx += (flat.T @ flat).to(own.xx)
         else:
             own.xx = self.sums[owner].xx
-        own.hx += (h.T @ flat).double()
-        own.hh += (h.T @ h).double()
+        own.hx += (h.T @ flat).to(own.hx)
+        own.hh += (h.T @ h).to(own.hh)
         own.count += len(flat)
         if seen.weights is not None and own.weights is not None:
             extra = own.weights.ndim
             weights = seen.weights.expand(*x.shape[:-1], *seen.weights.shape[-extra:])
-            own.weights += _tokens(weights.flatten(-extra), mask).double().sum(0).view_as(own.weights)
+            own.weights += _tokens(weights.flatten(-extra), mask).sum(0).to(own.weights).view_as(own.weights)
 
     def _read(self, x: Tensor, mask: Tensor | None, key: str) -> tuple[Tensor, str]:
         """The real tokens with a 1 behind each, `[T, in + 1]`, and the linear that sums up their second moments."""
@@ -221,8 +232,10 @@ def _tokens(values: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _empty(columns: int, inputs: int, weights: Tensor | None, num_splits: int, device: torch.device) -> Moments:
+    where = torch.device("cpu") if device.type == "mps" else device  # which has no fp64
+
     def zeros(*shape: int) -> Tensor:
-        return torch.zeros(*shape, dtype=torch.float64, device=device)
+        return torch.zeros(*shape, dtype=torch.float64, device=where)
 
     shape = None if weights is None else weights.shape[-2 if num_splits > 1 else -1 :]
     return Moments(

@@ -145,6 +145,14 @@ def truncate_unweighted(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Te
     )
 
 
+def relative_error(down: Tensor, up: Tensor, whole_down: Tensor, whole_up: Tensor) -> float:
+    """`‖U V - B A‖² / ‖B A‖²` without forming either product."""
+    downs, ups = torch.cat([down, whole_down]), torch.cat([up, -whole_up], dim=1)
+    difference = ((ups.T @ ups) * (downs @ downs.T)).sum()
+    whole = ((whole_up.T @ whole_up) * (whole_down @ whole_down.T)).sum()
+    return float(difference / whole.clamp_min(1e-30))
+
+
 def _root(second: Tensor) -> Tensor:
     """A lower triangular `L` with `L Lᵀ = S`, of a slightly fuller S where S itself is not positive definite.
 

@@ -94,16 +94,30 @@ def fixed_factors(model: nn.Module, adapter_name: str, fixed: Fixed | None = Non
         is_linear = hasattr(layer, "folded") and layer.is_linear_map(adapter_name)
         if not is_linear or not fixed.settles(plan):
             raise cannot_merge(adapter_name, plan.reads, plan.per_sequence, is_linear)
-    decided = _by_prompt(model, layers, adapter_name, fixed) if fixed.prompt is not None else {}
-    factors = {}
-    for key, layer in layers.items():
-        plan = layer.molora_plan[adapter_name]
-        if plan.is_constant:
-            factors[key] = layer.constant_factors(adapter_name)
-        else:
-            weights = decided[key] if key in decided else _by_inputs(model, layer, adapter_name, fixed)
-            factors[key] = layer.folded(adapter_name, weights)
-    return factors
+        if "task" in plan.reads and not 0 <= (fixed.task or 0) < plan.num_tasks:
+            raise MoloraError(f"got task {fixed.task}; adapter {adapter_name!r} knows 0 to {plan.num_tasks - 1}.")
+    # Routers draw noise in training.
+    with evaluating(model):
+        decided = _by_prompt(model, layers, adapter_name, fixed) if fixed.prompt is not None else {}
+        return {key: _factors(model, layer, adapter_name, fixed, decided.get(key)) for key, layer in layers.items()}
+
+
+def _factors(model: nn.Module, layer: Any, adapter_name: str, fixed: Fixed, decided: Tensor | None) -> Factors:
+    """The plain LoRA of one module, by what was decided about the prompt, if anything was."""
+    plan = layer.molora_plan[adapter_name]
+    if plan.is_constant:
+        found: Factors = layer.constant_factors(adapter_name)
+        return found
+    if plan.reads & {"input", "hidden", "state"}:
+        if decided is None:
+            raise MoloraError(
+                f"adapter {adapter_name!r} decides by the prompt and did not run on it; make it the active adapter, "
+                "unmerged and enabled, and give a prompt that every module sees."
+            )
+        found = layer.folded(adapter_name, decided)
+        return found
+    found = layer.folded(adapter_name, _by_inputs(model, layer, adapter_name, fixed))
+    return found
 
 
 def _by_inputs(model: nn.Module, layer: Any, adapter_name: str, fixed: Fixed) -> Tensor:
@@ -123,6 +137,8 @@ def _by_inputs(model: nn.Module, layer: Any, adapter_name: str, fixed: Fixed) ->
 def _by_prompt(model: nn.Module, layers: Mapping[str, Any], adapter_name: str, fixed: Fixed) -> dict[str, Tensor]:
     """Weights of every module after one forward pass over the prompt."""
     assert fixed.prompt is not None
+    if fixed.prompt.ndim > 2 or (fixed.prompt.ndim == 2 and len(fixed.prompt) != 1):
+        raise MoloraError(f"got prompts of shape {list(fixed.prompt.shape)}; give the ids of one, [S] or [1, S].")
     ids = fixed.prompt.reshape(1, -1)
     found: dict[str, Tensor] = {}
 
@@ -131,7 +147,7 @@ def _by_prompt(model: nn.Module, layers: Mapping[str, Any], adapter_name: str, f
             found[layer.module_key] = _one(seen.weights, layer.molora_plan[name])
 
     block = routing_inputs(model, **fixed.inputs(), generating=True)
-    with evaluating(model), watching(layers.values(), note), block:
+    with watching(layers.values(), note), block:
         model(input_ids=ids.to(next(model.parameters()).device))
     return found
 
