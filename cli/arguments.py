@@ -6,6 +6,7 @@ import argparse
 import difflib
 import os
 from collections.abc import Sequence
+from typing import Any
 
 from molora_cli import handlers
 
@@ -126,7 +127,9 @@ def _build() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser
     _add_eval(add("eval", handlers.evaluate, "score an adapter or a model with lm-evaluation-harness"))
     _add_prune(add("prune", handlers.prune, "make a trained mixture smaller"))
     imports = add("import", handlers.import_adapter, "turn adapters of other libraries into one of molora")
-    imports.add_argument("directories", nargs="+", metavar="DIR", help="their folders, and last the new one")
+    imports.add_argument(
+        "directories", nargs="+", action=_AtLeastTwo, metavar="DIR", help="their folders, and last the new one, OUT"
+    )
     imports.add_argument("--base-model", metavar="X", help="name or folder; default the one the adapter names")
     imports.add_argument("--preset", metavar="NAME", help="how to mix several plain LoRAs")
     imports.add_argument(
@@ -197,6 +200,7 @@ def _add_prune(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--merge-to", type=_count, metavar="N", help="make similar experts one, until N are left")
     parser.add_argument("--calibrate", action="append", nargs="?", const="", metavar="FILE", help=_CALIBRATE)
     parser.add_argument("--rows", type=_count, default=256, metavar="N", help="calibration rows; default 256")
+    parser.add_argument("--no-evaluate", dest="evaluate", action="store_false", help="score no tasks")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the draw; default 0")
     parser.add_argument("--base-model", metavar="X", help="name or folder; default the one it was trained on")
 
@@ -212,6 +216,20 @@ class _Version(argparse.Action):
 
         print(f"molora {version('molora')}")
         parser.exit()
+
+
+class _AtLeastTwo(argparse.Action):
+    """Take folders of which the last is to be written, and do not take the only one for it."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: object
+    ) -> None:
+        if len(values) < 2:
+            parser.error(
+                f"got {values[0]!r} alone; name the adapter's folder and, right after it, the new one: "
+                "molora import DIR OUT."
+            )
+        setattr(namespace, self.dest, values)
 
 
 def _count(text: str) -> int:

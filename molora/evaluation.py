@@ -31,6 +31,7 @@ from molora.data.formats import Example
 from molora.data.mixture import TaskData
 from molora.data.tokenize import encode_parts
 from molora.errors import MoloraError
+from molora.heads import generation_needs
 from molora.likelihood import Prompted, log_likelihoods, pad_with_mask, routed
 from molora.modes import evaluating
 
@@ -197,7 +198,7 @@ def _greedy(model: nn.Module, tokenizer: PreTrainedTokenizerBase, max_new_tokens
         top_p=1.0,
         top_k=50,
         repetition_penalty=1.0,
-        use_cache=True,
+        use_cache=generation_needs(model).get("use_cache", True),
         eos_token_id=sorted(ends) or None,
         pad_token_id=tokenizer.pad_token_id,
     )

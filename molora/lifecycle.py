@@ -16,7 +16,7 @@ from molora.config import MoLoraConfig
 from molora.errors import MoloraError
 from molora.groups import RoutingGroup
 from molora.imported import LORAS
-from molora.plan import plan_module
+from molora.plan import most_experts, plan_module
 from molora.siblings import SharedInput
 from molora.snapshot import Snapshot
 from molora.targets import text_config
@@ -55,11 +55,7 @@ def add_experts(
         raise MoloraError(f"got n={n!r}; must be an integer of at least 1.")
     if config.expert_layout in ("pairs", "shards") or config.router == "none":
         raise MoloraError(f"expert_layout={config.expert_layout!r} with router={config.router!r} cannot grow.")
-    if freeze_existing and (config.shared_experts or not isinstance(config.num_experts, int)):
-        raise MoloraError(
-            "freeze_existing needs the same number of experts everywhere and no shared ones; "
-            "pass freeze_existing=False."
-        )
+    _check_room(config, freeze_existing)
     fields: dict[str, Any] = {"r": _grown_rank(config, n, r), "rank_pattern": _grown_patterns(config, n, r)}
     if isinstance(config.num_experts, int):
         fields["num_experts"] = config.num_experts + n
@@ -97,10 +93,7 @@ def drop_experts(model: nn.Module, experts: Iterable[int], adapter_name: str = "
     if outside or not dropped:
         raise MoloraError(f"got experts {outside or dropped}; must be indices from 0 to {config.num_experts - 1}.")
     kept = [index for index in range(config.num_experts) if index not in dropped]
-    fields: dict[str, Any] = {
-        "num_experts": len(kept),
-        "frozen_experts": sum(index < config.frozen_experts for index in kept),
-    }
+    fields = fields_without(config, dropped)
     number = config.num_experts
 
     def rest(r: Any) -> Any:
@@ -108,10 +101,28 @@ def drop_experts(model: nn.Module, experts: Iterable[int], adapter_name: str = "
 
     fields["r"] = rest(config.r)
     fields["rank_pattern"] = {name: rest(r) for name, r in config.rank_pattern.items()}
-    if config.imported_experts is not None:
-        known = config.imported_experts
-        fields["imported_experts"] = [known[index] for index in kept if index < len(known)]
     _rebuild(model, adapter_name, fields, lambda plan: list(kept))
+
+
+def fields_without(config: MoLoraConfig, experts: Iterable[int]) -> dict[str, Any]:
+    """The fields of a config that lacks some of its routed experts, those of their ranks aside.
+
+    Args:
+        config: The config before.
+        experts: Indices of the routed experts that go.
+    """
+    number, gone = most_experts(config.num_experts), set(experts)
+    kept = [index for index in range(number) if index not in gone]
+    frozen_shared = max(0, config.frozen_experts - number)
+    fields: dict[str, Any] = {
+        "num_experts": len(kept),
+        "frozen_experts": sum(index < config.frozen_experts for index in kept) + frozen_shared,
+    }
+    if config.imported_experts is not None:
+        known = config.imported_experts  # routed experts first, then shared ones
+        left = [known[index] for index in kept if index < len(known)] + known[number:]
+        fields["imported_experts"] = left or None
+    return fields
 
 
 def freeze_router(model: nn.Module, adapter_name: str = "default", frozen: bool = True) -> None:
@@ -149,6 +160,27 @@ def _keeps_old_outputs(config: MoLoraConfig) -> bool:
     )
 
 
+def _check_room(config: MoLoraConfig, freeze_existing: bool) -> None:
+    """Refuse new experts that fields which count experts would take for shared ones."""
+    if freeze_existing and (config.shared_experts or not isinstance(config.num_experts, int)):
+        raise MoloraError(
+            "freeze_existing needs the same number of experts everywhere and no shared ones; "
+            "pass freeze_existing=False."
+        )
+    fewest = config.num_experts if isinstance(config.num_experts, int) else min(config.num_experts)
+    known = len(config.imported_experts or ())
+    if known > fewest:
+        raise MoloraError(
+            f"{known} experts are imported and {fewest} of them are routed, so new ones would take the place of "
+            "shared ones; only adapters whose shared experts are not imported can grow."
+        )
+    if config.frozen_experts > fewest:
+        raise MoloraError(
+            f"frozen_experts={config.frozen_experts} reaches beyond the {fewest} routed experts, so new ones in their "
+            f"place would be frozen; an adapter can grow with frozen_experts of at most {fewest}."
+        )
+
+
 def _grown_rank(config: MoLoraConfig, n: int, r: int | None) -> int | list[int]:
     if isinstance(config.r, list):
         if r is None:
@@ -163,7 +195,7 @@ def _grown_rank(config: MoLoraConfig, n: int, r: int | None) -> int | list[int]:
 
 
 def _grown_patterns(config: MoLoraConfig, n: int, r: int | None) -> dict[str, Any]:
-    """Patterns that name each expert's rank, with those of the new ones before the shared ones'."""
+    """Patterns with the rank of each expert, where ranks differ; those of the new ones before the shared ones'."""
     grown: dict[str, Any] = dict(config.rank_pattern)
     for name, ranks in grown.items():
         if isinstance(ranks, list):
@@ -172,6 +204,14 @@ def _grown_patterns(config: MoLoraConfig, n: int, r: int | None) -> dict[str, An
                 raise MoloraError("the experts have unequal ranks; pass `r`, the rank of the new ones.")
             routed = len(ranks) - config.shared_experts
             grown[name] = ranks[:routed] + [rank] * n + ranks[routed:]
+        elif r is not None and r != ranks:
+            if not isinstance(config.num_experts, int) or config.expert_scope == "ffn":
+                where = "with a list of num_experts" if config.expert_scope != "ffn" else "inside whole blocks"
+                raise MoloraError(
+                    f"{where} new experts need the rank of the others, and rank_pattern[{name!r}] is {ranks}; leave "
+                    "`r` out."
+                )
+            grown[name] = [ranks] * config.num_experts + [r] * n + [ranks] * config.shared_experts
     return grown
 
 

@@ -16,6 +16,7 @@ from molora.config import MoLoraConfig
 from molora.errors import ConfigError, Problem
 from molora.folders import CONFIG_FILE, unusable
 from molora.quantization import RUN_FILE, Quantization
+from molora.runfile import RunFile, load_run_file
 
 
 def read_any_config(directory: str) -> PeftConfig | None:
@@ -44,22 +45,35 @@ def read_any_config(directory: str) -> PeftConfig | None:
     return config
 
 
+def read_run(directory: str) -> RunFile | None:
+    """The run that made the adapter in a folder, or in a checkpoint of one, if its file can still be read."""
+    path = run_file_of(directory)
+    try:
+        return None if path is None else load_run_file(path)
+    except ConfigError:
+        return None
+
+
 def load_adapted(
     directory: str, config: PeftConfig, base_model: str | None
 ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """Load an adapter on its base model, in evaluation mode, with the tokenizer saved beside it if there is one.
 
+    The base model is as in the adapter's run, of its dtype and quantised alike, on the accelerator if there is one.
+
     Args:
         directory: Folder of the adapter.
         config: Its config.
-        base_model: Base model to use instead of the one named in the adapter.
+        base_model: Base model to use instead of the one named in the adapter, in the dtype of its checkpoint.
 
     Raises:
         ConfigError: If the base model is not known.
         MoloraError: If it cannot be loaded.
     """
-    base, tokenizer = load_base_of(directory, config, base_model)
+    run = None if base_model else read_run(directory)
+    base, tokenizer = load_base_of(directory, config, base_model, "auto" if run is None else run.model.dtype)
     model = PeftModel.from_pretrained(base, directory).eval()
+    _to_accelerator(model)
     return model, saved_tokenizer(directory, tokenizer, base)
 
 
@@ -116,10 +130,14 @@ def load_any(directory: str, config: PeftConfig | None, base_model: str | None) 
         raise ConfigError([Problem("--base-model", message)], "cannot load the model")
     else:
         model, tokenizer = load_base(directory)
+        _to_accelerator(model)
+    return model, tokenizer
+
+
+def _to_accelerator(model: Any) -> None:
     device = torch.accelerator.current_accelerator()
     if device is not None and getattr(model, "quantization_method", None) is None:  # quantised ones are there already
         model.to(device)
-    return model, tokenizer
 
 
 def run_file_of(directory: str) -> Path | None:

@@ -71,7 +71,8 @@ def load_experts(model: nn.Module, adapter_name: str, config: MoLoraConfig, lora
         rows = _router_rows(config, loras, module)
         if rows is not None:
             weight = layer.molora_router[adapter_name].weight
-            for index, row in enumerate(rows):
+            routed = layer.molora_plan[adapter_name].num_experts  # shared experts have no row
+            for index, row in enumerate(rows[:routed]):
                 weight[index] = 0 if row is None else row.to(weight)
 
 

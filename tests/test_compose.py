@@ -388,3 +388,10 @@ def test_gates_that_came_with_adapters_concern_no_other_router(preset: str, tmp_
     model = compose(tiny_llama(), [tmp_path / "gate", folder], preset=preset).eval()
     with torch.no_grad():
         assert model(input_ids=torch.arange(5, 10).reshape(1, 5)).logits.isfinite().all()
+
+
+def test_shared_experts_may_be_imported_and_have_no_row_of_the_router(folders: list[Path]) -> None:
+    model = compose(tiny_llama(), folders, "arrow", num_experts=len(folders) - 1, shared_experts=1)
+    layer = next(module for module in model.modules() if isinstance(module, MoLoraLayer))
+    assert len(layer.molora_router["default"].weight) == len(folders) - 1
+    assert model(IDS).logits.isfinite().all()

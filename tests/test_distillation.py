@@ -10,7 +10,20 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    ModernBertDecoderConfig,
+    ModernBertDecoderForCausalLM,
+    RobertaConfig,
+    RobertaForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 from trl import SFTConfig
 
 from molora import MoLoraConfig, MoloraError
@@ -24,7 +37,13 @@ from molora.trainers import (
     RoutingLossMixin,
     distil,
 )
-from molora.trainers.distillation_loss import Predictions, head_of, sum_of_hidden_errors, sums_of_predictions
+from molora.trainers.distillation_loss import (
+    Predictions,
+    head_of,
+    makes_logits,
+    sum_of_hidden_errors,
+    sums_of_predictions,
+)
 
 COLLATE = TaskCollator(pad_token_id=tiny.VOCABULARY[tiny.PAD])
 
@@ -203,14 +222,65 @@ def test_never_more_logits_than_a_chunk_exist(tmp_path):
     assert max(sizes) == 5
 
 
-def test_models_that_change_their_logits_are_asked_for_them(tmp_path):
-    model, teacher = student(), routed()
-    teacher.config.final_logit_softcapping = 0.05  # Llama does not read it: what the model itself gives counts
-    assert head_of(teacher.get_base_model()) is None
+def decoder(kind, config, **fields):
+    """A tiny decoder whose logits are not its head of its last hidden states, with weights that show it."""
+    torch.manual_seed(2)
+    dropout = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0)
+    own = tiny.DECODER | dict.fromkeys(("bos_token_id", "sep_token_id", "cls_token_id"), 1) | dropout | fields
+    model = kind(config(**own)).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+CHANGED = {
+    "cap": lambda: decoder(Gemma2ForCausalLM, Gemma2Config, head_dim=8, final_logit_softcapping=2.0),
+    "scale": lambda: decoder(CohereForCausalLM, CohereConfig, logit_scale=0.25),
+    "BERT": lambda: decoder(BertLMHeadModel, BertConfig, is_decoder=True),
+    "RoBERTa": lambda: decoder(RobertaForCausalLM, RobertaConfig, is_decoder=True),
+    "ModernBERT": lambda: decoder(
+        ModernBertDecoderForCausalLM, ModernBertDecoderConfig, global_attn_every_n_layers=1, reference_compile=False
+    ),
+}
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+@pytest.mark.parametrize("make", CHANGED.values(), ids=CHANGED)
+def test_models_that_do_more_than_their_head_are_asked_for_their_logits(tmp_path, make, side):
+    model, teacher = (student(make()), routed()) if side == "student" else (student(), make())
     data = rows(4)
     expected, _ = plain_loss(model, teacher, COLLATE(list(data)))
-    _, logged = gradients(trainer_for(tmp_path, model, teacher, data, per_device_train_batch_size=4))
+    trainer = trainer_for(tmp_path, model, teacher, data, per_device_train_batch_size=4)
+    _, logged = gradients(trainer)
     assert logged["loss"] == pytest.approx(expected, rel=1e-4)
+    assert trainer._whole
+
+
+def test_looking_at_the_head_draws_nothing_and_records_nothing(tmp_path):
+    """The first step with a head that is looked at is the step without."""
+    results = []
+    for known in (None, False):
+
+        class Both(RoutingLossMixin, DistillationMixin, Trainer):
+            pass
+
+        model = routed("adamole", num_experts=4, lora_dropout=0.3, routing_losses={"load_balancing": 0.1})
+        trainer = trainer_for(tmp_path, model, routed(), kind=Both, per_device_train_batch_size=4)
+        trainer._whole = known
+        results.append(gradients(trainer))
+    assert results[0][1]["loss"] == results[1][1]["loss"]
+    assert all(torch.equal(gradient, results[1][0][name]) for name, gradient in results[0][0].items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_head_alone_is_told_from_more_in_every_dtype(dtype):
+    model = tiny.tiny_llama().to(dtype)
+    ids = torch.randint(5, 90, (3, 40))
+    with torch.no_grad():
+        states, logits = model.model(ids).last_hidden_state, model(ids, logits_to_keep=1).logits
+    assert makes_logits(head_of(model), states, logits)
+    assert makes_logits(head_of(model), states, model(ids).logits.float())
+    assert not makes_logits(head_of(model), states, logits * 1.02)
 
 
 @pytest.mark.parametrize(

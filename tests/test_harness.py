@@ -18,9 +18,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 import molora.harness.tasks
-from molora import MoLoraConfig, MoloraError
+from molora import MoLoraConfig, MoloraError, loaded
 from molora.commands import evaluate as command
-from molora.commands import loaded
 from molora.data import TaskData, encode_parts, load_tasks
 from molora.evaluation import score_tasks
 from molora.harness import evaluate
@@ -88,6 +87,17 @@ def test_choices_and_answers_score_as_in_training(tmp_path, fields, batch_size):
     names = {"accuracy": "acc", "exact_match": "exact_match", "token_f1": "token_f1"}
     for score in own:
         assert found.value(score.task, names[score.metric]) == pytest.approx(score.value)
+
+
+def test_a_router_of_the_base_per_token_is_evaluated_without_a_cache(tmp_path):
+    model, tokenizer = adapted(router_level="token", router_input="base", selection="dense"), tiny.tiny_tokenizer()
+    data = tasks_of(write_rows(tmp_path, rows()))
+    found = evaluate(model, tokenizer, data=data, batch_size=2, max_new_tokens=6)
+    assert "generate" not in vars(model)
+    answers = [task for task in data if task.name == "say"]
+    own = {s.metric: s.value for s in score_tasks(model, tokenizer, answers, max_new_tokens=6, progress=False)}
+    assert found.value("say", "token_f1") == pytest.approx(own["token_f1"])
+    assert found.value("pick", "acc") >= 0
 
 
 def likelihoods(lm, examples, tokenizer):

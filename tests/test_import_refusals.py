@@ -14,10 +14,11 @@ import pytest
 import torch
 from foreign import DYNAMIC, LORAMOE, MIXLORA, MOLA, random_tensors, save_moe
 from loras import edit_config, save_lora
+from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import tiny_llama
 
-from molora import ConfigError
+from molora import ConfigError, MoLoraConfig
 from molora.imported.foreign import import_adapter
 from molora.writing import WriteError
 
@@ -290,6 +291,24 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     with pytest.raises(WriteError, match="nothing is overwritten"):
         import_adapter(folder, out)
     assert [path.name for path in out.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("task_type", ["x", "", 5, ["CAUSAL_LM"]])
+def test_an_unknown_task_type_is_refused(task_type: Any, tmp_path: Path) -> None:
+    folder = save_lora(tmp_path / "lora", target_modules=["q_proj"])
+    edit_config(folder, task_type=task_type)
+    (folder / WEIGHTS).write_bytes(b"never read")
+    assert f"task_type: got {task_type!r}; allowed are 'SEQ_CLS'" in refused(folder)
+
+
+def test_a_gate_is_not_dropped(tmp_path: Path) -> None:
+    folder = tmp_path / "gated"
+    preset = MoLoraConfig.from_preset("phatgoose-gate", target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(tiny_llama(), preset).save_pretrained(folder)
+    assert "is a molora adapter with a gate already; use it as it is" in refused(folder)
+    tensors = {name: tensor for name, tensor in load_file(folder / WEIGHTS).items() if "router" not in name}
+    save_file(tensors, folder / WEIGHTS)
+    assert "with a gate already" in refused(folder)
 
 
 def test_options_and_kinds_that_do_not_go_together_are_refused(tmp_path: Path) -> None:

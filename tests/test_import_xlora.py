@@ -17,6 +17,7 @@ from molora import ConfigError, MoLoraConfig
 from molora.commands import import_adapter as command
 from molora.compose import compose
 from molora.imported.foreign import import_adapter
+from molora_cli.arguments import parse
 
 WEIGHTS = "adapter_model.safetensors"
 UNEQUAL = [MIXED[0], MIXED[1], MIXED[2]]
@@ -112,6 +113,11 @@ def test_generated_text_is_that_of_peft(unequal: dict[str, Path], bases: dict[st
         ({"top_k_lora": 4}, "top_k_lora: got 4"),
         ({"softmax_temperature": 0}, "softmax_temperature: got 0"),
         ({"global_scaling_weight": "2"}, "global_scaling_weight: got '2'"),
+        ({"global_scaling_weight": "x"}, "global_scaling_weight: got 'x'"),
+        ({"global_scaling_weight": None}, "global_scaling_weight: got None"),
+        ({"global_scaling_weight": 10**400}, "global_scaling_weight: got 1000"),
+        ({"softmax_temperature": 10**400}, "softmax_temperature: got 1000"),
+        ({"top_k_lora": True}, "top_k_lora: got True"),
         ({"hidden_size": 16}, "[3, 16] is needed here"),
         ({"xlora_depth": 2}, "does not hold all 2 layers"),
         ({"adapters": ["a"]}, "must map names to folders"),
@@ -185,6 +191,17 @@ def test_a_lora_outside_the_folder_is_read_only_if_the_user_gives_it(
     assert given.preset == "x-lora"
 
 
+@pytest.mark.parametrize("path", ["\0", "a\0b", "x" * 5000, "x/" * 5000, "loop"])
+@pytest.mark.parametrize("named", [False, True])
+def test_a_path_that_no_system_has_is_refused(path: str, named: bool, bases: dict[str, str], tmp_path: Path) -> None:
+    lora = save_lora(tmp_path / "lora", r=2, target_modules=["q_proj"])
+    folder, _ = save_xlora(tmp_path / "theirs", {"0": lora})
+    (folder / "loop").symlink_to(folder / "loop")
+    edit_config(folder, adapters={path: "gone"} if named else {"0": path})
+    with pytest.raises(ConfigError, match="is not in the folder"):
+        import_adapter(folder, tmp_path / "ours", base_model=bases["llama"])
+
+
 @pytest.mark.parametrize("name", ["../lora", ".", "..", "/"])
 def test_the_name_of_a_lora_leads_nowhere_either(name: str, bases: dict[str, str], tmp_path: Path) -> None:
     lora = save_lora(tmp_path / "lora", r=2, target_modules=["q_proj"])
@@ -250,6 +267,19 @@ def test_the_base_model_must_be_that_of_the_loras(bases: dict[str, str], tmp_pat
     assert import_adapter(folder, tmp_path / "ours", base_model=bases["llama"]).modules == 2
 
 
+@pytest.mark.parametrize("words", [["a"], ["a", "--preset", "arrow"], []])
+def test_the_new_folder_must_be_named_too(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["import", *words])
+    error = capsys.readouterr().err
+    assert "molora import DIR OUT" in error or (not words and "DIR" in error)
+
+
+def test_the_last_word_is_the_new_folder() -> None:
+    assert parse(["import", "a", "b", "--preset", "arrow"]).directories == ["a", "b"]
+    assert parse(["import", "--preset", "arrow", "a", "b", "c"]).directories == ["a", "b", "c"]
+
+
 def test_the_command_prints_what_it_made_and_what_differs(
     unequal: dict[str, Path], bases: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -260,7 +290,14 @@ def test_the_command_prints_what_it_made_and_what_differs(
     printed = capsys.readouterr().out
     assert [word in printed for word in ("XLORA", "x-lora", "use_cache=False", "to rounding")] == [True] * 4
     assert command.run([str(unequal["0"])], str(tmp_path / "lora"), base_model=bases["llama"]) == 0
-    assert "molora generate" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "molora generate" in printed
+    assert "outputs are those of the original" in printed
+    several = [str(unequal[name]) for name in "01"]
+    assert command.run(several, str(tmp_path / "mixture"), base_model=bases["llama"]) == 0
+    printed = capsys.readouterr().out
+    assert "Each expert is one of the adapters, exactly; how they are mixed is new." in printed
+    assert "of the original" not in printed
     with pytest.raises(ConfigError, match="must be NAME=DIR"):
         command.run([str(folder)], str(tmp_path / "b"), adapters=["0", "=x"])
     with pytest.raises(ConfigError, match="'0' is given twice"):

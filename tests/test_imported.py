@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 from loras import ATTENTION, edit_config, save_lora
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from tiny import tiny_llama
 
 from molora.errors import ConfigError
 from molora.imported import description_mistakes, expert_at
 from molora.imported.folder import read_lora, read_loras
+from molora.imported.refusals import lora_problems
 
 
 def test_a_lora_is_read_as_peft_loads_it(folders: list[Path]) -> None:
@@ -49,6 +50,13 @@ def test_rank_is_zero_where_an_adapter_changes_nothing(folders: list[Path]) -> N
         ({"r": True}, "`r` is True"),
         ({"rank_patern": {}}, "Did you mean 'rank_pattern'?"),
         ({"target_modules": "q_proj"}, "must be a list of full module names"),
+        ({"target_modules": [1]}, "must be a list of full module names"),
+        ({"lora_alpha": float("nan")}, "`lora_alpha` is nan"),
+        ({"lora_alpha": float("inf")}, "`lora_alpha` is inf"),
+        ({"lora_alpha": 10**400}, "must be a finite number"),
+        ({"rank_pattern": {"q_proj": 0}}, "`rank_pattern` is {'q_proj': 0}"),
+        ({"alpha_pattern": {"q_proj": "x"}}, "`alpha_pattern` is {'q_proj': 'x'}"),
+        ({"alpha_pattern": {"(": 3}}, "regular expressions"),
     ],
 )
 def test_mistakes_in_a_description(folders: list[Path], change: dict[str, Any], fragment: str) -> None:
@@ -74,6 +82,20 @@ def test_mistakes_in_a_description(folders: list[Path], change: dict[str, Any], 
         ({"init_lora_weights": "loftq"}, "changed the base weight"),
         ({"alora_invocation_tokens": [1, 2]}, "activated LoRA"),
         ({"use_of_the_future": {"a": 1}}, "does not know the field"),
+        ({"scaling_of_the_future": 0.5}, "does not know the field"),
+        ({"kind_of_the_future": "x"}, "does not know the field"),
+        ({"r": "4"}, "r: got '4'; must be a whole number"),
+        ({"r": 0}, "r: got 0"),
+        ({"r": []}, "r: got []"),
+        ({"lora_alpha": None}, "lora_alpha: got None"),
+        ({"lora_alpha": float("nan")}, "lora_alpha: got nan; must be a finite number"),
+        ({"use_rslora": "no"}, "use_rslora: got 'no'"),
+        ({"rank_pattern": [1]}, "rank_pattern: got [1]"),
+        ({"rank_pattern": {"(": 3}}, "rank_pattern: got {'(': 3}; must be a mapping of module names or regular"),
+        ({"rank_pattern": {"a{9999999999}": 3}}, "rank_pattern: got"),
+        ({"rank_pattern": {"q_proj": []}}, "rank_pattern: got {'q_proj': []}"),
+        ({"alpha_pattern": "x"}, "alpha_pattern: got 'x'"),
+        ({"alpha_pattern": {"q_proj": float("inf")}}, "alpha_pattern: got"),
         ({"peft_type": "LOHA"}, "got 'LOHA'"),
         ({"r": 5}, "says 5"),
     ],
@@ -85,6 +107,27 @@ def test_what_is_no_sum_of_b_a_is_refused(tmp_path: Path, fields: dict[str, Any]
         read_lora(folder)
     assert fragment in str(caught.value)
     assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize("source", ["x", ["x"], [{"r": "4"}], {"a": 1}, [{"rank_pattern": {"(": 1}}]])
+def test_odd_experts_of_a_molora_adapter_are_refused(tmp_path: Path, source: Any) -> None:
+    folder = save_lora(tmp_path / "lora", r=4, target_modules=["q_proj"])
+    edit_config(folder, peft_type="MOLORA", router="none", imported_experts=source)
+    with pytest.raises(ConfigError, match=r"imported_experts: got|must be"):
+        read_lora(folder)
+
+
+def test_unknown_fields_that_say_nothing_are_read(tmp_path: Path) -> None:
+    folder = save_lora(tmp_path / "lora", r=4, target_modules=["q_proj"])
+    edit_config(folder, one=None, two=False, three="", four=[], five={}, rank_pattern=None, alpha_pattern=None)
+    assert len(read_lora(folder).factors) == 2
+
+
+def test_every_field_of_this_peft_is_known() -> None:
+    known = LoraConfig().to_dict() | {"runtime_config": {"ephemeral_gpu_offload": False}}
+    assert not list(lora_problems(known, ""))
+    changed = dict.fromkeys(known, "x")
+    assert not any("does not know" in problem.message for problem in lora_problems(changed, ""))
 
 
 @pytest.mark.parametrize("init", [True, "gaussian", "orthogonal", "eva", "mica"])

@@ -13,7 +13,7 @@ from loras import MIXED, save_lora
 from methods import build, config_of, inputs_of, layers_of, tokens
 from peft import PeftModel, get_peft_model
 
-from molora import ConfigError, MoloraError
+from molora import ConfigError, MoLoraConfig, MoloraError
 from molora.compose import compose
 
 PLAIN_INIT = {"router_init": "kaiming_uniform"}
@@ -325,8 +325,38 @@ def test_imported_experts_can_be_joined_and_dropped(tmp_path):
     reloads_bit_for_bit(model, "arrow", tmp_path / "shrunk")
 
 
+def test_new_experts_do_not_take_the_place_of_shared_ones_that_were_imported(tmp_path):
+    folders = [str(save_lora(tmp_path / f"lora{r}", r, r=r, target_modules=["q_proj"])) for r in (2, 3, 8)]
+    own_router = {"router": "linear", "selection": "dense", "top_k": None, "frozen_experts": 0}
+    config = MoLoraConfig.from_adapters(folders, num_experts=2, shared_experts=1, **own_router)
+    model = get_peft_model(methods.base_model("molora"), config).eval()
+    expected = logits_of(model)
+    with pytest.raises(MoloraError, match="3 experts are imported and 2 of them are routed"):
+        model.base_model.add_experts(1, freeze_existing=False)
+    assert torch.equal(logits_of(model), expected)
+
+
+def test_a_rank_of_their_own_holds_where_a_pattern_has_one_number(tmp_path):
+    model = build("molora", num_experts=2, r=2, rank_pattern={"q_proj": 3}, gate="sigmoid")
+    expected = logits_of(model)
+    model.base_model.add_experts(1, r=5)
+    ranks = {name: layer.molora_plan["default"].ranks for name, layer in layers_of(model).items()}
+    assert {own for name, own in ranks.items() if name.endswith("q_proj")} == {(3, 3, 5)}
+    assert {own for name, own in ranks.items() if not name.endswith("q_proj")} == {(2, 2, 5)}
+    torch.testing.assert_close(logits_of(model), expected)
+    reloads_bit_for_bit(model, "molora", tmp_path)
+    model = build("mola", r=2, rank_pattern={"q_proj": 3})
+    with pytest.raises(MoloraError, match=r"rank_pattern.*'q_proj'.* is 3; leave `r` out"):
+        model.base_model.add_experts(1, r=2, freeze_existing=False)
+
+
 MISTAKES = {
     "unknown adapter": ("mole", lambda tuner: tuner.add_experts(1, "x"), "no molora adapter 'x'; it has default"),
+    "frozen shared ones": (
+        "frozen shared",
+        lambda tuner: tuner.add_experts(1, freeze_existing=False),
+        "frozen_experts=5 reaches beyond the 4 routed experts",
+    ),
     "none to add": ("mole", lambda tuner: tuner.add_experts(0), "n=0; must be an integer of at least 1"),
     "shards": ("mos", lambda tuner: tuner.add_experts(1), "cannot grow"),
     "pairs": ("mor1e-pairs", lambda tuner: tuner.add_experts(1), "cannot grow"),
@@ -349,7 +379,8 @@ MISTAKES = {
 @pytest.mark.parametrize("case", MISTAKES)
 def test_what_cannot_be_done_is_refused_and_leaves_the_model_alone(case):
     preset, act, message = MISTAKES[case]
-    model = build(preset)
+    fields = {"num_experts": 4, "shared_experts": 1, "frozen_experts": 5} if preset == "frozen shared" else {}
+    model = build("molora" if fields else preset, **fields)
     expected = logits_of(model)
     with pytest.raises((MoloraError, ConfigError), match=message):
         act(model.base_model)

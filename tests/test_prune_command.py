@@ -16,6 +16,7 @@ from tiny import tiny_llama, tiny_tokenizer
 from molora import ConfigError, DataError
 from molora.adapters import read_adapter_config
 from molora.commands.prune import run
+from molora.quantization import RUN_FILE
 from molora.report import REPORT_FILE
 from molora.slim import SLIM_FILE, slim_adapter
 from molora.writing import WriteError
@@ -33,8 +34,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     save(folder, "adapter", num_experts=4, r=2, selection="top_k", top_k=1, renormalize=False)
     tiny_tokenizer().save_pretrained(folder / "adapter")
-    (folder / "adapter" / REPORT_FILE).write_text('{"tasks": ["rows"], "after": [], "routing": []}')
-    (folder / "adapter" / "training_args.bin").write_bytes(b"pickled")
+    (folder / "adapter" / REPORT_FILE).write_text('{"tasks": ["rows"], "after": [1], "routing": [2]}')
+    for name in ("training_args.bin", "model.gguf", "x.pkl", "README.md", "trainer_state.json"):
+        (folder / "adapter" / name).write_bytes(b"of the old adapter")
     (folder / "adapter" / "checkpoint-10").mkdir()
     return folder
 
@@ -84,7 +86,13 @@ def test_the_command_writes_a_smaller_adapter_and_what_it_costs(
         assert model(input_ids=torch.arange(4, 24).reshape(2, 10)).logits.isfinite().all()
     names = {path.name for path in out.iterdir()}
     assert {REPORT_FILE, "tokenizer_config.json", "tokenizer.json"} <= names
-    assert not names & {"training_args.bin", "checkpoint-10"}
+    assert not names & {"training_args.bin", "checkpoint-10", "model.gguf", "x.pkl", "trainer_state.json"}
+    kept = json.loads((out / REPORT_FILE).read_text())
+    assert kept == {"tasks": ["rows"], "before": [], "after": [], "routing": []}
+    card = (out / "README.md").read_text()
+    assert f"{report['parameters']['after']:,} of {report['parameters']['before']:,} parameters" in card
+    assert f"KL {quality['kl']:.4g} nats" in card
+    assert str(root) not in card
     assert sorted(path.name for path in (root / "adapter").iterdir()) == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -153,15 +161,56 @@ def test_scores_of_dropped_experts_cannot_be_measured_and_it_says_so(root: Path,
         ({"keep_energy": 0.1, "rows": 3}, ["--keep-energy", "--rows: is about calibration rows"]),
         ({"drop": [7]}, ["got [7]; must be some of the experts 0 to 3"]),
         ({"rank": 0}, ["must be at least 1"]),
+        ({"drop": [0], "seed": 3}, ["--seed: is about calibration rows"]),
+        ({"drop": [0], "evaluate": False}, ["--no-evaluate: is about calibration rows"]),
+        ({"below": 1.0, "calibrate": ["x"]}, ["--below: got 1.0; must be a share in [0, 1)"]),
+        ({"keep_energy": 0.0, "calibrate": ["x"], "rows": 0}, ["--keep-energy: got 0.0", "--rows: got 0"]),
+        ({"drop": [7], "calibrate": ["x"]}, ["must be some of the experts 0 to 3"]),
+        ({"drop": [], "calibrate": ["x"]}, ["--drop: got []"]),
+        ({"merge_to": 9, "calibrate": ["x"]}, ["must be from 1 to 4"]),
     ],
 )
 def test_mistakes_are_told_together_and_nothing_is_written(
-    options: dict[str, Any], messages: list[str], root: Path, tmp_path: Path
+    options: dict[str, Any], messages: list[str], root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("molora.slim.job.load_source", lambda *_, **__: pytest.fail("loads the base model"))
     with pytest.raises(ConfigError) as error:
         run(str(root / "adapter"), str(tmp_path / "out"), **options)
     assert all(message in str(error.value) for message in messages)
     assert not list(tmp_path.iterdir())
+
+
+def test_too_few_experts_for_top_k_are_refused_before_anything_is_loaded(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("molora.slim.job.load_source", lambda *_, **__: pytest.fail("loads the base model"))
+    folder = save(tmp_path, "adapter", num_experts=3, selection="top_k", top_k=2)
+    for options in ({"drop": [0, 2]}, {"merge_to": 1}):
+        with pytest.raises(ConfigError, match="cannot select 2 of 1"):
+            slim_adapter(folder, tmp_path / "out", calibrate=["x"], **options)
+
+
+def test_tasks_are_scored_before_and_after_where_the_run_kept_rows(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = save(tmp_path, "trained", num_experts=4, r=2)
+    rows = str(root / "rows.jsonl")
+    run_file = {
+        **{"model_name_or_path": str(root / "base"), "output_dir": "out", "preset": "molora"},
+        **{"datasets": [{"path": rows, "eval_path": rows, "eval_max_samples": 4}], "eval_max_new_tokens": 2},
+    }
+    (folder / RUN_FILE).write_text(json.dumps(run_file))
+    how: dict[str, Any] = {"drop": [1], "calibrate": [], "base_model": str(root / "base")}
+    assert run(str(folder), str(tmp_path / "out"), **how) == 0
+    quality = json.loads((tmp_path / "out" / SLIM_FILE).read_text())["quality"]
+    for name in ("scores_before", "scores_after"):
+        assert [(one["metric"], one["count"]) for one in quality[name]] == [("exact_match", 4), ("token_f1", 4)]
+    assert "exact_match" in capsys.readouterr().out
+    assert "| rows | exact_match | 4 |" in (tmp_path / "out" / "README.md").read_text()
+    assert (tmp_path / "out" / RUN_FILE).is_file()
+    assert run(str(folder), str(tmp_path / "silent"), evaluate=False, **how) == 0
+    quality = json.loads((tmp_path / "silent" / SLIM_FILE).read_text())["quality"]
+    assert quality["scores_before"] == quality["scores_after"] == []
 
 
 def test_what_an_adapter_cannot_do_is_said_before_data_is_read(root: Path, tmp_path: Path) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from methods import layers_of, tokens
+from peft import get_peft_model
 from slimming import CLOSE, batch_of, build, logits_of, reloaded, saved
 from tiny import tiny_llama
 
+from molora import MoLoraConfig
 from molora.compose import compose
 from molora.slim import drop_experts, expert_usage, merge_experts, rerank
 from molora.slim.drop import dropping_changes
@@ -21,6 +23,7 @@ DROPPED = {
     "unequal ranks": ("hmoe", {}, [2]),
     "frozen experts": ("molora", {"frozen_experts": 2}, [1]),
     "shared experts": ("molora", {"shared_experts": 1}, [3]),
+    "frozen shared experts": ("molora", {"num_experts": 4, "shared_experts": 1, "frozen_experts": 5}, [1]),
     "shared A": ("hydralora", {}, [0]),
     "factors": ("smear", {}, [1]),
     "a table with splits": ("polytropon-mhr", {}, [1]),
@@ -60,6 +63,24 @@ def test_dropping_imported_experts_is_the_same_too(folders, tmp_path):
     torch.testing.assert_close(logits_of(new, tokens()), logits_of(model, tokens()), rtol=0, atol=0)
 
 
+def test_shared_experts_that_were_imported_stay_when_others_go(folders, tmp_path):
+    own_router = {"router": "linear", "selection": "dense", "top_k": None}
+    config = MoLoraConfig.from_adapters(folders, num_experts=3, shared_experts=1, **own_router)
+    model = get_peft_model(tiny_llama(), config).eval()
+    banned = logits_of_banned(model, [False, True, True])
+    slim = drop_experts(saved(model, tmp_path / "adapter"), [0])
+    model.base_model.drop_experts([0])
+    assert [one["name"] for one in model.peft_config["default"].imported_experts] == ["lora1", "lora2", "lora3"]
+    assert model.peft_config["default"].imported_experts == slim.adapter.config.imported_experts
+    torch.testing.assert_close(logits_of(model, tokens()), banned, **CLOSE)
+    assert logits_of(reloaded(slim.adapter, "arrow", tmp_path / "slim"), tokens()).isfinite().all()
+
+
+@torch.no_grad()
+def logits_of_banned(model, mask):
+    return model(input_ids=tokens(), expert_mask=torch.tensor(mask)).logits
+
+
 FATE = {
     "top-k, renormalised": ({"selection": "top_k", "top_k": 2, "renormalize": True}, True),
     "top-k of a selected softmax": ({"selection": "top_k", "top_k": 2, "weights": "selected_softmax"}, True),
@@ -72,8 +93,45 @@ FATE = {
     "nucleus": ({"selection": "top_p", "top_p": 0.65, "renormalize": True}, False),
     "sigmoid, 1/E": ({"selection": "threshold", "gate": "sigmoid", "renormalize": False, "weights": "one"}, False),
     "normalised logits": ({"selection": "top_k", "top_k": 2, "renormalize": True, "logit_norm": 1.0}, False),
+    "ranked with a bias": (
+        {
+            **{"selection": "top_k", "top_k": 1, "renormalize": True},
+            **{"balance_bias_rate": 1e-3, "freeze_router": True},
+        },
+        False,
+    ),
+    "sigmoid, ranked with a bias": (
+        {"selection": "top_k", "top_k": 1, "gate": "sigmoid", "renormalize": False, "balance_bias_rate": 1e-3},
+        True,
+    ),
+    "a place lost by magnitude": (
+        {"selection": "top_k_magnitude", "top_k": 2, "gate": "identity", "renormalize": False, "min_logit": 0.0},
+        False,
+    ),
+    "a place lost by a bias": (
+        {
+            **{"selection": "top_k", "top_k": 2, "gate": "sigmoid", "renormalize": False},
+            **{"balance_bias_rate": 1e-3, "min_logit": 0.0},
+        },
+        False,
+    ),
+    "a place without a weight": (
+        {"selection": "top_k", "top_k": 2, "gate": "relu", "renormalize": False, "balance_bias_rate": 1e-3},
+        False,
+    ),
+    "sparsemax, top-k": ({"selection": "top_k", "top_k": 1, "gate": "sparsemax", "renormalize": False}, False),
 }
 """Fields, and whether the others' weights stay when an expert goes that is never selected."""
+
+LOGITS = {"sigmoid, 1/E": (-1.5, -0.9), "ranked with a bias": (0.29, 0.25), "sparsemax, top-k": (0.0, 0.25)}
+"""Of the second and the last expert, where they are not -1.5 and 0.25."""
+
+BIASES = {
+    "ranked with a bias": [0, -0.5, 0, 0.015],
+    "a place lost by a bias": [0, 2, 0, 0],
+    "a place without a weight": [0, 2, 0, 0],
+}
+"""Balancing biases, where they are not zero."""
 
 
 @pytest.mark.filterwarnings("ignore:.*is above 1/num_experts")
@@ -85,8 +143,11 @@ def test_it_is_said_whether_dropping_an_unused_expert_changes_the_others(case, t
     for layer in layers_of(model).values():  # expert 1 is just below being selected
         router = layer.molora_router["default"]
         router.weight.data[1] = router.weight.data.mean(dim=0) * 0
-        router.bias.data.copy_(torch.tensor([0.3, -1.5, 0.2, -0.9 if case == "sigmoid, 1/E" else 0.25]))
+        second, last = LOGITS.get(case, (-1.5, 0.25))
+        router.bias.data.copy_(torch.tensor([0.3, second, 0.2, last]))
         router.weight.data *= 0.05
+        if case in BIASES:
+            layer.molora_bias["default"].weight.data.copy_(torch.tensor(BIASES[case]))
     usage = expert_usage(model, [batch_of(model, tokens())])
     assert all(float(one.weight[1]) == 0 for one in usage.values())
     slim = drop_experts(saved(model, tmp_path / "adapter"), [1], usage)

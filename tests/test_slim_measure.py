@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
-from methods import layers_of, tokens
-from slimming import batch_of, build, logits_of, saved
+from methods import config_of, layers_of, tokens
+from slimming import TARGETS, batch_of, build, logits_of, saved
 from tiny import tiny_llama
 
-from molora import DataError, record_routing
+from molora import DataError, MoloraError, record_routing
 from molora.compose import compose
 from molora.slim import expert_usage, output_errors, quality, rerank, write_adapter
 from molora.slim.prune import most_energy
@@ -79,7 +79,7 @@ def test_sums_do_not_depend_on_how_rows_are_batched_and_the_mode_comes_back():
     rows = expert_usage(model, single, moments=True)
     assert model.training
     for module, one in whole.items():
-        for name in ("selected", "weight", "energy", "probability", "products", "moment"):
+        for name in ("selected", "weight", "energy", "probability", "products", "hidden"):
             torch.testing.assert_close(getattr(rows[module], name), getattr(one, name), rtol=1e-4, atol=1e-6)
         correlation = one.correlation()
         torch.testing.assert_close(correlation, correlation.T)
@@ -104,6 +104,29 @@ def test_imported_experts_without_rank_somewhere_are_counted_too(folders):
         usage = found[layer.module_key]
         assert len(usage.energy) == sum(layer.molora_plan["default"].ranks)
         assert usage.selected.sum() == 2 * 18
+
+
+def test_an_adapted_output_layer_is_seen_at_every_token():
+    model = build("molora", target_modules=["q_proj", "lm_head"])
+    found = expert_usage(model, [batch_of(model, tokens())])
+    assert {module: one.tokens for module, one in found.items()} == dict.fromkeys(found, 18)
+    assert any(module.endswith("lm_head") for module in found)
+
+
+def test_what_is_summed_up_of_inputs_does_not_grow_with_their_size():
+    model = build("molora", num_experts=4, r=2)
+    found = expert_usage(model, [batch_of(model, tokens())], moments=True)
+    assert {tuple(one.hidden.shape) for one in found.values()} == {(8, 8)}
+
+
+def test_an_adapter_that_is_not_active_is_no_lack_of_data():
+    model = build("molora")
+    batch = batch_of(model, tokens())
+    model.add_adapter("other", config_of("molora", target_modules=TARGETS))
+    with pytest.raises(MoloraError, match=r"'other' is not active.*active: default"):
+        expert_usage(model, [batch], "other")
+    with model.disable_adapter(), pytest.raises(MoloraError, match="active: none"):
+        expert_usage(model, [batch])
 
 
 def test_without_a_token_there_is_nothing_to_say():

@@ -82,6 +82,33 @@ def test_twins_become_one_and_nothing_changes(case, calibrated, tmp_path):
     torch.testing.assert_close(logits_of(new, tokens()), logits_of(model, tokens()), **bounds)
 
 
+NOTED = {
+    "normalised logits": ({**DENSE, "logit_norm": 1.0}, "logit_norm looks at all logits"),
+    "sigmoid, renormalised": ({**DENSE, "gate": "sigmoid", "renormalize": True}, "counts as one"),
+    "a softmax of sigmoid's": ({**DENSE, "gate": "sigmoid", "weights": "selected_softmax"}, "counts as one"),
+    "sparsemax": ({**DENSE, "gate": "sparsemax"}, "counts as one"),
+    "softmax": ({**DENSE}, None),
+    "sigmoid": ({**DENSE, "gate": "sigmoid"}, None),
+}
+"""Overrides, and what is said where even twins cannot become one without a change."""
+
+
+@pytest.mark.parametrize("case", NOTED)
+def test_it_is_said_where_even_twins_do_not_become_one(case, tmp_path):
+    fields, said = NOTED[case]
+    model = build("molora", num_experts=4, **fields)
+    make_twins(model)
+    slim = merge_experts(saved(model, tmp_path / "adapter"), 3)
+    new = reloaded(slim.adapter, "molora", tmp_path / "slim")
+    error = (logits_of(new, tokens()) - logits_of(model, tokens())).abs().max()
+    notes = [note for note in slim.notes if "counts as one" in note or "logit_norm" in note]
+    assert [said in note for note in notes] == [True] * (said is not None)
+    assert error > 1e-4 if said else error < 1e-4
+    assert slim.adapter.config.router_bias == (case == "softmax")
+    whole = merge_experts(saved(model, tmp_path / "again"), 4)
+    assert not [note for note in whole.notes if note in notes]
+
+
 def test_merged_experts_go_on_training(tmp_path):
     model = build("molora", num_experts=4)
     slim = merge_experts(saved(model, tmp_path / "adapter"), 3).adapter
@@ -174,6 +201,6 @@ def test_cosines_of_what_experts_add_need_no_product():
 
 def test_members_without_rank_add_nothing():
     empty, own = (Expert(torch.randn(r, 6), torch.randn(5, r), 2.0 * bool(r)) for r in (0, 2))
-    one = merged_expert([empty, own], [0.25, 0.75], one_a=False, white=None)
+    one = merged_expert([empty, own], [0.25, 0.75], one_a=False, root=None)
     torch.testing.assert_close(one.scale * one.up @ one.down.double(), 1.5 * own.up.double() @ own.down.double())
-    assert merged_expert([empty, empty], [0.5, 0.5], one_a=False, white=None).rank == 0
+    assert merged_expert([empty, empty], [0.5, 0.5], one_a=False, root=None).rank == 0

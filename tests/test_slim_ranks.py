@@ -52,10 +52,15 @@ def test_a_lower_rank_is_the_best_there_is(tmp_path):
     model = build("molora", r=4)
     adapter = saved(model, tmp_path / "adapter")
     old, new = experts_of(adapter), experts_of(rerank(adapter, 2).adapter)
+    layers, inputs = layers_of(model), {}
+    hooks = [layer.register_forward_pre_hook(lambda m, args: inputs.update({m: args[0]})) for layer in layers.values()]
     usage = expert_usage(model, [batch_of(model, tokens())], moments=True)
+    for hook in hooks:
+        hook.remove()
+    read = {layer.module_key: inputs[layer].flatten(0, 1).double() for layer in layers.values()}
     seen = experts_of(rerank(adapter, 2, usage).adapter)
     for module, own in old.items():
-        moment = usage[module].moment / 18
+        moment = read[module].T @ read[module] / 18
 
         def error(difference, moment=moment):
             return (difference @ moment * difference).sum()
@@ -68,6 +73,9 @@ def test_a_lower_rank_is_the_best_there_is(tmp_path):
             best = torch.linalg.svdvals(delta)[2:].square().sum()
             torch.testing.assert_close((lower - delta).square().sum(), best, rtol=1e-4, atol=1e-9)
             assert error(white - delta) < error(lower - delta)
+            # No matrix of this rank is nearer: the outputs themselves, cut to it, are as far away.
+            outputs = torch.linalg.svdvals(delta @ read[module].T / 18**0.5)[2:].square().sum()
+            torch.testing.assert_close(error(white - delta), outputs, rtol=1e-3, atol=1e-9)
 
 
 def test_ranks_are_pruned_by_what_they_add(tmp_path):

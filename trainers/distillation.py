@@ -18,6 +18,7 @@ from molora.trainers.distillation_loss import (
     DistillationOptions,
     Predictions,
     head_of,
+    makes_logits,
     same,
     sum_of_hidden_errors,
     sums_of_predictions,
@@ -85,6 +86,7 @@ class DistillationMixin(RoutingColumnsMixin):
         self.distillation = distillation or DistillationOptions()
         self._teacher_columns = TeacherColumns(teacher)
         self._tokens_of_step: Tensor | None = None
+        self._whole: bool | None = None
         self._sums: dict[str, Tensor] = {}
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
@@ -113,12 +115,13 @@ class DistillationMixin(RoutingColumnsMixin):
         if labels is None and self.distillation.task_weight:
             raise MoloraError("task_weight needs labels, and the batch has none; add them, or set it to 0.")
         models = [causal_model(trainer.accelerator.unwrap_model(side)) for side in (model, self.teacher)]
-        heads = [head_of(one) for one in models]
-        whole, hidden = None in heads, bool(self.distillation.hidden_weight)
+        hidden = bool(self.distillation.hidden_weight)
+        if self._whole is None:
+            self._whole = self._needs_logits(model, models, inputs)
         with self._given(inputs):
-            student = run_batch(model, models[0], inputs, whole=whole or return_outputs, hidden=hidden)
-        with torch.no_grad(), evaluating(self.teacher), self._teacher_columns.given(self._columns, inputs):
-            teacher = run_batch(self.teacher, models[1], inputs, whole=whole, hidden=hidden)
+            student = run_batch(model, models[0], inputs, whole=self._whole or return_outputs, hidden=hidden)
+        teacher = self._run_teacher(models[1], inputs, whole=self._whole, hidden=hidden)
+        heads = None if self._whole else [head_of(one) for one in models]
         sums = self._compare(student, teacher, heads, mask, labels)
         tokens, training = mask.sum(), trainer.model.training
         if training:
@@ -128,16 +131,37 @@ class DistillationMixin(RoutingColumnsMixin):
         loss = sum(weights[part] * value for part, value in sums.items()) / counted.clamp(min=1)
         return (loss, student.outputs) if return_outputs else loss
 
+    def _needs_logits(self, model: Any, models: list[Any], inputs: Any) -> bool:
+        """Whether only the models themselves can tell their logits, as a head is not all that makes them.
+
+        Both are run on the first batch once more, without gradients: nothing records it or is drawn for it.
+        """
+        heads = [head_of(one) for one in models]
+        if None in heads:
+            return True
+        with torch.no_grad(), evaluating(model), self._given(inputs):
+            student = run_batch(model, models[0], inputs, whole=False, hidden=False)
+        teacher = self._run_teacher(models[1], inputs, whole=False, hidden=False)
+        with torch.no_grad():
+            return not all(
+                head is not None and makes_logits(head, one.backbone.last_hidden_state, one.outputs.logits)
+                for head, one in zip(heads, (student, teacher), strict=True)
+            )
+
+    def _run_teacher(self, causal: Any, inputs: Any, *, whole: bool, hidden: bool) -> Pass:
+        with torch.no_grad(), evaluating(self.teacher), self._teacher_columns.given(self._columns, inputs):
+            return run_batch(self.teacher, causal, inputs, whole=whole, hidden=hidden)
+
     def _compare(
-        self, student: Pass, teacher: Pass, heads: list[Any], mask: Tensor, labels: Tensor | None
+        self, student: Pass, teacher: Pass, heads: list[Any] | None, mask: Tensor, labels: Tensor | None
     ) -> dict[str, Tensor]:
-        """The sums of the parts over the tokens of a batch."""
+        """The sums of the parts over the tokens of a batch; from whole logits if there are no heads."""
         options = self.distillation
         sides = [
             Predictions(one.outputs.logits[mask], same)
-            if None in heads
+            if heads is None
             else Predictions(one.backbone.last_hidden_state[mask], head)
-            for one, head in zip((student, teacher), heads, strict=True)
+            for one, head in zip((student, teacher), heads or (same, same), strict=True)
         ]
         targets = labels[mask] if labels is not None and options.task_weight else None
         kl, task = sums_of_predictions(*sides, targets, options.temperature, options.chunk_tokens)

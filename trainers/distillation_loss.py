@@ -15,14 +15,8 @@ from molora.errors import ConfigError, MoloraError, Problem
 
 IGNORED = -100
 
-_CHANGES_LOGITS = {
-    "final_logit_softcapping": None,
-    "logit_scale": 1.0,
-    "logits_scaling": 1.0,
-    "output_multiplier": 1.0,
-    "lm_head_multiplier": 1.0,
-}
-"""Fields of configs by which models change logits after their head, with values that change nothing."""
+_ROUNDING = 1e-4
+"""Relative difference of two ways to the same fp32 logits; 16 bits have their own."""
 
 Head = Callable[[Tensor], Tensor]
 """Makes logits `[T, V]` of hidden states `[T, d]`."""
@@ -163,16 +157,31 @@ def sum_of_hidden_errors(student: Sequence[Tensor], teacher: Sequence[Tensor]) -
 
 
 def head_of(model: Any) -> Head | None:
-    """The linear head of a causal language model, if its logits are what this head gives and nothing else.
+    """The linear head of a causal language model; whether it makes the logits alone, `makes_logits` tells.
 
     Returns:
-        `None` if the head is adapted or quantised, or the model scales or caps its logits, or has no backbone.
+        `None` if the head is adapted or quantised, or the model has no backbone.
     """
-    head, config = model.get_output_embeddings(), model.config.get_text_config()
-    changes = any(getattr(config, name, None) not in (None, value) for name, value in _CHANGES_LOGITS.items())
-    if type(head) is not nn.Linear or changes or model.base_model is model:
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear or model.base_model is model:
         return None
     return lambda states: head(states.to(head.weight.dtype))
+
+
+def makes_logits(head: Head, states: Tensor, logits: Tensor) -> bool:
+    """Whether a model's logits are its head of its last hidden states, and nothing is done before, between or after.
+
+    Models may transform hidden states before the head, and scale or cap the logits.
+
+    Args:
+        head: Its head.
+        states: Its last hidden states `[B, S, d]`.
+        logits: Its own logits of all tokens or of the last, `[B, S, V]` or `[B, 1, V]`.
+    """
+    made, own = head(states[:, -1]), logits[:, -1]
+    allowed = max(_ROUNDING, torch.finfo(made.dtype).eps)
+    made, own = made.to(_wide(made)), own.to(_wide(own))
+    return bool((made - own).norm() <= allowed * own.norm())
 
 
 def same(states: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from molora.adapters import read_adapter_config, read_adapter_tensors
 from molora.commands.needs import reads_scores, reads_tasks, scores_per_row, task_id
 from molora.config import MoLoraConfig
 from molora.errors import ConfigError, Problem, did_you_mean
+from molora.heads import generation_needs
 from molora.loaded import load_adapted
 from molora.report import known_tasks
 
@@ -103,6 +104,7 @@ def answer(
         max_new_tokens=max_new_tokens,
         pad_token_id=tokenizer.pad_token_id,
         **sampling,
-        **given,
+        **generation_needs(model),
+        **{name: values.to(model.device) for name, values in given.items()},
     )
     return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()

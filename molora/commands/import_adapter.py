@@ -42,7 +42,7 @@ def run(
     console.print(_table(imported))
     for note in imported.notes:
         console.print(f"- {note}", markup=False, highlight=False, soft_wrap=True)
-    console.print(_next_step(imported), markup=False, highlight=False, soft_wrap=True)
+    console.print(_next_step(imported, len(folders)), markup=False, highlight=False, soft_wrap=True)
     return 0
 
 
@@ -72,12 +72,14 @@ def _table(imported: ImportedAdapter) -> Table:
     return table
 
 
-def _next_step(imported: ImportedAdapter) -> str:
-    same = "Its outputs are those of the original, to rounding."
+def _next_step(imported: ImportedAdapter, folders: int) -> str:
+    same = (
+        "Its outputs are those of the original, to rounding."
+        if folders == 1
+        else "Each expert is one of the adapters, exactly; how they are mixed is new."
+    )
     if not imported.config.base_model_name_or_path:
         return (
             f"\n{same} The adapter names no base model; give one with --base-model to be able to use it by its folder."
         )
-    if imported.config.router_input == "base":
-        return f"\n{same} The adapter is in {imported.folder}."
     return f'\n{same} Ask it something:\n  molora generate {imported.folder} --prompt "..."'

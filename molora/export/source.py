@@ -17,12 +17,12 @@ from molora.data import TaskCollator, TaskData, load_tasks, mix, tokenize_tasks
 from molora.errors import ConfigError, DataError, Problem
 from molora.export.dense import dequantized
 from molora.export.measure import twin_of
-from molora.loaded import load_base_of, saved_tokenizer
+from molora.loaded import load_base_of, read_run, saved_tokenizer
 from molora.plain.calibrate import batches_by_part
 from molora.plain.moments import Batch
 from molora.quantization import RUN_FILE
 from molora.report import known_tasks
-from molora.runfile import RunFile, load_run_file
+from molora.runfile import RunFile
 from molora.runfile.arguments import DatasetArguments
 
 ADAPTER = "default"
@@ -99,17 +99,6 @@ def load_source(
     tokenizer = saved_tokenizer(directory, tokenizer, base)
     name = str(base_model or config.base_model_name_or_path)
     return Source(directory, config, run, model, plain, tokenizer, name)
-
-
-def read_run(directory: str) -> RunFile | None:
-    """The run file beside an adapter, if there is one that can still be read."""
-    path = Path(directory) / RUN_FILE
-    if not path.is_file():
-        return None
-    try:
-        return load_run_file(path)
-    except ConfigError:
-        return None
 
 
 @dataclass(frozen=True)

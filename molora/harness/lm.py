@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from molora.harness.rows import EXPERT_SCORES, PROMPT_IDS, TASK_ID, completion_ids
+from molora.heads import generation_needs
 from molora.likelihood import pad_with_mask, routed
 from molora.routing.inputs import routing_inputs, scopes
 
@@ -182,5 +183,19 @@ class RoutedLM(HFLM):
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs: Any) -> Tensor:
         task_id, scores = self._given
-        with routed(self.model, task_id, [scores]):
+        with routed(self.model, task_id, [scores]), self._needs():
             return super()._model_generate(context, max_length, stop, **generation_kwargs)
+
+    @contextmanager
+    def _needs(self) -> Iterator[None]:
+        """A block in which the model generates as its adapters need; the harness always says `use_cache=True`."""
+        model: Any = self.model
+        needs, generate = generation_needs(model), model.generate
+        if not needs:
+            yield
+            return
+        model.generate = lambda **given: generate(**given | needs)
+        try:
+            yield
+        finally:
+            del model.generate  # that of its class is left

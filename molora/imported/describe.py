@@ -14,19 +14,51 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from molora.errors import did_you_mean
 
-_KEYS: dict[str, tuple[tuple[type, ...], str]] = {
-    "name": ((str,), "text"),
-    "r": ((int,), "a whole number of at least 1"),
-    "lora_alpha": ((int, float), "a number"),
-    "use_rslora": ((bool,), "true or false"),
-    "rank_pattern": ((dict,), "a mapping of module names to whole numbers"),
-    "alpha_pattern": ((dict,), "a mapping of module names to numbers"),
-    "target_modules": ((list,), "a list of full module names"),
+
+def _is_number(value: Any) -> bool:
+    # Python's whole numbers may be larger than any float.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and _is_number(value) and value >= 1
+
+
+def _is_pattern(value: Any, is_usable: Callable[[Any], bool]) -> bool:
+    return isinstance(value, dict) and all(_is_expression(key) and is_usable(entry) for key, entry in value.items())
+
+
+def _is_expression(key: Any) -> bool:
+    try:
+        re.compile(_ending(key))
+    except (re.error, OverflowError, RecursionError):
+        return False
+    return isinstance(key, str)
+
+
+_KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "name": (lambda value: isinstance(value, str), "text"),
+    "r": (_is_rank, "a whole number of at least 1"),
+    "lora_alpha": (_is_number, "a finite number"),
+    "use_rslora": (lambda value: isinstance(value, bool), "true or false"),
+    "rank_pattern": (
+        lambda value: _is_pattern(value, _is_rank),
+        "a mapping of module names or regular expressions to whole numbers of at least 1",
+    ),
+    "alpha_pattern": (
+        lambda value: _is_pattern(value, _is_number),
+        "a mapping of module names or regular expressions to finite numbers",
+    ),
+    "target_modules": (
+        lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
+        "a list of full module names",
+    ),
 }
 
 
@@ -50,9 +82,20 @@ def expert_at(description: Mapping[str, Any], module_name: str) -> tuple[int, fl
 def by_pattern(pattern: Mapping[str, Any], module_name: str, default: Any) -> Any:
     """Return the first value whose key is the module's name, its ending, or a regular expression for it, as PEFT."""
     for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", module_name):
+        if re.match(_ending(key), module_name):
             return value
     return default
+
+
+def _ending(key: str) -> str:
+    return rf"(.*\.)?({key})$"
+
+
+def mistakes_of_values(description: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the key of each value of a description that cannot be, and what it must be."""
+    for key, (is_usable, words) in _KEYS.items():
+        if not is_usable(description.get(key)):
+            yield key, words
 
 
 def description_mistakes(descriptions: Any) -> Iterator[str]:
@@ -66,8 +109,5 @@ def description_mistakes(descriptions: Any) -> Iterator[str]:
             continue
         for key in description.keys() - _KEYS.keys():
             yield f"entry {index} has an unknown key {key!r}.{did_you_mean(key, _KEYS)}"
-        for key, (kinds, words) in _KEYS.items():
-            value: Any = description.get(key)
-            is_kind = isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
-            if not is_kind or (key == "r" and value < 1):
-                yield f"entry {index}: `{key}` is {value!r}; must be {words}."
+        for key, words in mistakes_of_values(description):
+            yield f"entry {index}: `{key}` is {description.get(key)!r}; must be {words}."

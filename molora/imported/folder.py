@@ -17,8 +17,8 @@ from torch import Tensor
 
 from molora.errors import ConfigError, Problem
 from molora.folders import CONFIG_FILE, WEIGHTS_FILE, read_adapter_tensors
-from molora.imported.describe import expert_at
-from molora.imported.refusals import lora_problems, molora_problems
+from molora.imported.describe import expert_at, mistakes_of_values
+from molora.imported.refusals import lora_problems, molora_problems, short
 
 _FACTOR = re.compile(r"base_model\.model\.(.+)\.(?:lora_|molora_|molora_frozen_)([AB])\.weight")
 _GATE = re.compile(r"base_model\.model\.(.+)\.molora_router\.weight")
@@ -89,7 +89,7 @@ def read_lora(folder: str | Path, name: str | None = None) -> ImportedLora:
         message = f"got {kind!r}; only plain LoRA adapters ('LORA') and single molora experts ('MOLORA') are imported."
         raise _unusable([Problem("peft_type", message, where)])
     problems = list((lora_problems if kind == "LORA" else molora_problems)(config, where))
-    if problems:
+    if problems := [*problems, *_odd_values(config, where)]:
         raise _unusable(problems)
     tensors = _read_tensors(where)
     lora = _assemble(name or Path(where).resolve().name, config, tensors)
@@ -112,20 +112,35 @@ def _assemble(name: str, config: dict[str, Any], tensors: Mapping[str, Tensor]) 
     return ImportedLora(name, config, factors, gates)
 
 
+def _odd_values(config: Mapping[str, Any], where: str) -> Iterator[Problem]:
+    """Yield numbers of a config that cannot be, before anything is computed of them."""
+    imported = config.get("imported_experts")
+    if imported and not (isinstance(imported, list) and len(imported) == 1 and isinstance(imported[0], dict)):
+        yield Problem("imported_experts", f"got {short(imported)}; must be a list of one description.", where)
+        return
+    description = _description("", config, [])
+    for key, words in mistakes_of_values(description):
+        yield Problem(key, f"got {short(description[key])}; must be {words}.", where)
+
+
 def _description(name: str, config: Mapping[str, Any], modules: list[str]) -> dict[str, Any]:
     # A molora adapter that was itself made from a LoRA keeps that LoRA's numbers, not its own.
     source = (config.get("imported_experts") or [config])[0]
 
     def single(value: Any) -> Any:
-        return value[0] if isinstance(value, list) else value
+        return value[0] if isinstance(value, list) and len(value) == 1 else value
 
+    ranks, alphas = source.get("rank_pattern") or {}, source.get("alpha_pattern") or {}
+    use_rslora = source.get("use_rslora")
+    if isinstance(ranks, dict):
+        ranks = {key: single(value) for key, value in ranks.items()}
     return {
         "name": name,
         "r": single(source.get("r", 8)),
         "lora_alpha": source.get("lora_alpha", 8),
-        "use_rslora": bool(source.get("use_rslora", False)),
-        "rank_pattern": {key: single(value) for key, value in (source.get("rank_pattern") or {}).items()},
-        "alpha_pattern": dict(source.get("alpha_pattern") or {}),
+        "use_rslora": False if use_rslora is None else use_rslora,
+        "rank_pattern": ranks,
+        "alpha_pattern": dict(alphas) if isinstance(alphas, dict) else alphas,
         "target_modules": modules,
     }
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import TaskType
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -66,14 +67,18 @@ def import_adapter(
     | `LORAMOE`, `MOLA` (MoE-PEFT) | preset `loramoe`, `mola` |
     | `XLORA` (PEFT) | preset `x-lora`, deciding token by token |
 
-    Outputs are equal to rounding; what has no exact equivalent is refused, all reasons together. Files are read as
-    data: no code in them is run, and no path in them leads out of their folder.
+    Outputs are equal to rounding; of several plain LoRAs each expert is one exactly, and how they are mixed is new.
+    What has no exact equivalent is refused, all reasons together.
+
+    Files are read as data: no code in them is run, and no path in them leads out of their folder, with one exception.
+    If no `base_model` is given, the `base_model_name_or_path` in the config of a mixture or an X-LoRA is opened as a
+    folder, wherever it lies, or asked of the hub. Only the `config.json` there is read.
 
     Args:
         folders: The adapter's folder, or several of plain LoRAs.
         out: Where to write; must be empty or not exist.
         base_model: Folder or hub id of the base model; default the one the adapter names. Only its config is read. If
-            given, all names and sizes are checked against it.
+            given, all names and sizes are checked against it, those of plain LoRAs too.
         preset: What mixes several plain LoRAs: one whose router follows from them.
         adapters: Folders of an X-LoRA adapter's LoRAs by their names there.
 
@@ -124,7 +129,10 @@ def _known_fields(configs: Sequence[Mapping[str, Any]], base_model: str | None) 
     task_type = configs[0].get("task_type")
     if configs[0].get("peft_type") in STRATEGIES:
         task_type = task_type or "CAUSAL_LM"  # MoE-PEFT writes none, and trains causal language models
-    return {**known, "task_type": task_type} if isinstance(task_type, str) else known
+    allowed = [kind.value for kind in TaskType]
+    if task_type is not None and task_type not in allowed:
+        raise unusable([Problem("task_type", one_of(task_type, allowed))])
+    return {**known, "task_type": task_type} if task_type is not None else known
 
 
 def _common_kind(configs: Sequence[Mapping[str, Any]], folders: Sequence[Path]) -> str:
@@ -202,7 +210,7 @@ def _convert_xlora(
     tensors |= {PREFIX + name: tensor for name, tensor in routers.items()}
     notes.append(
         "Every token is routed by a pass of the base model, as in PEFT, which leaves no room for a KV cache: generate "
-        "with use_cache=False."
+        "with use_cache=False, as `molora generate` and `molora eval` do by themselves."
     )
     if config.get("xlora_depth") == 2 and config.get("xlora_dropout_p", 0.2):
         notes.append("Further training has no dropout inside the classifier.")
@@ -213,6 +221,9 @@ def _convert_loras(
     folders: Sequence[Path], base_model: str | None, preset: str | None, known: dict[str, Any]
 ) -> _Made:
     loras = read_loras(folders)
+    if len(loras) == 1 and _has_gate(loras[0]):
+        message = "is a molora adapter with a gate already; use it as it is."
+        raise unusable([Problem("", message, str(folders[0]))])
     if base_model:
         check_base(base_skeleton(base_model), loras)
     single = len(loras) == 1
@@ -225,6 +236,11 @@ def _convert_loras(
         if router is not None:
             tensors[f"{PREFIX}{module}.molora_router.weight"] = router
     return _Made(name, config, tensors, ())
+
+
+def _has_gate(lora: ImportedLora) -> bool:
+    of_molora = lora.config.get("peft_type") == "MOLORA"
+    return bool(lora.gates) or (of_molora and lora.config.get("router", "linear") != "none")
 
 
 def bank_tensors(loras: Sequence[ImportedLora], frozen: bool) -> dict[str, Tensor]:

@@ -82,12 +82,12 @@ def lora_problems(config: Mapping[str, Any], where: str) -> Iterator[Problem]:
     for field, value in config.items():
         if field in _CHANGES_THE_SUM:
             if value not in (None, False, [], {}):
-                yield Problem(field, f"got {_short(value)}; it must be empty: {_CHANGES_THE_SUM[field]}", where)
-        elif field not in _HARMLESS and isinstance(value, bool | dict | list) and value:
+                yield Problem(field, f"got {short(value)}; it must be empty: {_CHANGES_THE_SUM[field]}", where)
+        elif field not in _HARMLESS and value:
             yield Problem(
                 field,
-                f"got {_short(value)}; this molora does not know the field, so it may change what the adapter "
-                f"computes. Only None is allowed. {_RETRAIN}",
+                f"got {short(value)}; this molora does not know the field, so it may change what the adapter "
+                f"computes. Only None and what is empty are allowed. {_RETRAIN}",
                 where,
             )
     if config.get("bias", "none") != "none":
@@ -111,7 +111,7 @@ def molora_problems(config: Mapping[str, Any], where: str) -> Iterator[Problem]:
     for field, allowed in fields.items():
         value = config.get(field, allowed[0])
         if value not in allowed:
-            message = one_of(value, map(str, allowed)) if isinstance(value, str) else f"got {_short(value)}."
+            message = one_of(value, map(str, allowed)) if isinstance(value, str) else f"got {short(value)}."
             yield Problem(
                 field,
                 f"{message} A molora adapter can be an expert only if it is a single LoRA, where {field} is "
@@ -120,6 +120,7 @@ def molora_problems(config: Mapping[str, Any], where: str) -> Iterator[Problem]:
             )
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """A value as a message shows it."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}…"

@@ -21,6 +21,7 @@ is `router_input: base` and `router_level: token`, exactly. The fields of `adapt
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +35,7 @@ from molora.folders import CONFIG_FILE, WEIGHTS_FILE
 from molora.imported.describe import expert_at
 from molora.imported.folder import ImportedLora, read_lora
 from molora.imported.foreign_files import unusable
+from molora.imported.refusals import short
 
 _LAYER = re.compile(r"(?:.*\.)?internal_xlora_classifier\.layers\.(\d{1,6})\.(weight|bias)")
 
@@ -56,10 +58,8 @@ def read_experts(
     Raises:
         ConfigError: If one is missing, is no plain LoRA, or the config asks for one outside the folder.
     """
-    listed = config.get("adapters")
-    if not isinstance(listed, Mapping) or not listed or not all(isinstance(path, str) for path in listed.values()):
-        raise unusable([Problem("adapters", f"got {listed!r}; must map names to folders.", str(folder))])
-    given = given or {}
+    _check(config, folder)
+    listed, given = config["adapters"], given or {}
     problems = [
         Problem(
             "adapters", f"no adapter is called {name!r}; there are {', '.join(listed)}.{did_you_mean(name, listed)}"
@@ -92,9 +92,7 @@ def routing_fields(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     Raises:
         ConfigError: Listing every field without an exact equivalent.
     """
-    problems = [Problem(field, message, str(folder)) for field, message in _mistakes(config)]
-    if problems:
-        raise unusable(problems)
+    _check(config, folder)
     is_deep = config.get("xlora_depth", 1) == 2
     top_k, of_chosen = config.get("top_k_lora"), bool(config.get("enable_softmax_topk", False))
     softmax = bool(config.get("enable_softmax", True))
@@ -190,13 +188,17 @@ def _inside(name: str, path: str, folder: Path) -> Path:
         ConfigError: If it lies elsewhere: a path in a checkpoint is data, and must not choose what is read.
     """
     root = folder.resolve()
+    leaves = False
     for inner in (name, path):
-        place = (root / inner).resolve()
-        if inner and place != root and place.is_relative_to(root) and (place / CONFIG_FILE).is_file():
-            return place
-    leaves = not (root / path).resolve().is_relative_to(root)
+        try:
+            place = (root / inner).resolve()
+            leaves = not place.is_relative_to(root)
+            if inner and place != root and not leaves and (place / CONFIG_FILE).is_file():
+                return place
+        except (OSError, ValueError, RuntimeError):  # too long, with a null character, or a link to itself
+            leaves = False
     reason = "lies outside the folder and is not read" if leaves else "is not in the folder"
-    raise unusable([Problem("adapters", f"{name!r} is {path!r}, which {reason}. {EXPLICIT}", str(folder))])
+    raise unusable([Problem("adapters", f"{name!r} is {short(path)}, which {reason}. {EXPLICIT}", str(folder))])
 
 
 def _scaled(lora: ImportedLora, weight: float) -> ImportedLora:
@@ -209,6 +211,19 @@ def _scaled(lora: ImportedLora, weight: float) -> ImportedLora:
     config = {**lora.config, "imported_experts": None, **numbers}
     factors = {name: (a, b, expert_at(numbers, name)[1]) for name, (a, b, _) in lora.factors.items()}
     return replace(lora, config=config, factors=factors)
+
+
+def _check(config: Mapping[str, Any], folder: Path) -> None:
+    """Refuse fields of an X-LoRA, before anything is read or computed by them.
+
+    Raises:
+        ConfigError: Listing everything that cannot be read or expressed.
+    """
+    listed = config.get("adapters")
+    if not isinstance(listed, Mapping) or not listed or not all(isinstance(path, str) for path in listed.values()):
+        raise unusable([Problem("adapters", f"got {short(listed)}; must map names to folders.", str(folder))])
+    if problems := [Problem(field, message, str(folder)) for field, message in _mistakes(config)]:
+        raise unusable(problems)
 
 
 def _mistakes(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -225,12 +240,12 @@ def _mistakes(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if config.get("enable_softmax", True) and config.get("enable_softmax_topk"):
         yield "enable_softmax_topk", "together with enable_softmax it is a softmax of a softmax; only one is imported."
     top_k, number = config.get("top_k_lora"), len(config["adapters"])
-    if top_k is not None and (not isinstance(top_k, int) or not 1 <= top_k <= number):
+    if top_k is not None and (not isinstance(top_k, int) or isinstance(top_k, bool) or not 1 <= top_k <= number):
         yield "top_k_lora", f"got {top_k!r}; must be a whole number from 1 to the {number} adapters."
     for field, default in (("softmax_temperature", 1.0), ("global_scaling_weight", 1.0)):
         value = config.get(field, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
-            yield field, f"got {value!r}; must be a number above 0."
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
+            yield field, f"got {short(value)}; must be a number above 0."
     for field in ("hidden_size", "xlora_size"):
         value = config.get(field, 2048)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:

@@ -61,9 +61,7 @@ def collect(
     """
     groups = list(_groups(layers, len(batches), max_memory, by_block))
     options: dict[str, Any] = {"use_cache": False} if hasattr(model, "generate") else {}
-    # An adapted output layer must see every token.
-    if not any(layer is _output_layer(model) for layer in layers.values()):
-        options |= last_logits_only(model)
+    options |= last_logits_only(model)
     total = len(groups) * sum(map(len, batches.values()))
     with evaluating(model), tqdm(total=total, desc="calibrating", unit="batch", disable=not progress) as bar:
         for group in groups:
@@ -104,11 +102,6 @@ def run_batch(
         begin(token_masks(given, encoder_decoder))
     with routing_inputs(model, **routing) if scopes(model) else nullcontext():
         return model(**given, **options)
-
-
-def _output_layer(model: Any) -> Any:
-    find = getattr(model, "get_output_embeddings", None)
-    return find() if find is not None else None
 
 
 class _Enough(Exception):

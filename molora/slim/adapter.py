@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,14 +15,23 @@ from torch import Tensor
 from molora.adapters import read_adapter_config, read_adapter_tensors
 from molora.config import MoLoraConfig
 from molora.errors import MoloraError
-from molora.folders import CONFIG_FILE, WEIGHTS_FILE
+from molora.folders import WEIGHTS_FILE
 from molora.placement import Placement
 from molora.plan import ModulePlan, layer_of, plan_module
+from molora.quantization import RUN_FILE
+from molora.report import REPORT_FILE, known_tasks
 
 PREFIX = "base_model.model."
 """What PEFT puts before the name of every module."""
 
 _BANK = (".molora_A.", ".molora_frozen_A.")
+_KEPT_FILES = (
+    RUN_FILE,
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+    *("chat_template.jinja", "chat_template.json"),
+)
+"""The run file, and what transformers writes for a tokenizer."""
 _DEEPEST = 1024
 """The number of layers of a model is looked for up to here."""
 
@@ -130,13 +140,17 @@ def write_adapter(adapter: Adapter, folder: Path, beside: str | Path | None = No
     Args:
         adapter: The adapter.
         folder: The folder.
-        beside: An adapter folder whose other files, such as tokenizer and run file, come along.
+        beside: An adapter folder whose tokenizer and run file come along, and the names of its tasks.
     """
     saved = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter.tensors.items()}
     save_file(saved, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     adapter.config.save_pretrained(str(folder))
     for path in () if beside is None else _side_files(Path(beside)):
         shutil.copy2(path, folder / path.name)
+    tasks = [] if beside is None else known_tasks(str(beside))
+    if tasks:  # the scores and the routing beside them are those of the old adapter
+        report = {"tasks": tasks, "before": [], "after": [], "routing": []}
+        (folder / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 def folder_bytes(adapter: Adapter, beside: str | Path | None = None) -> int:
@@ -146,11 +160,10 @@ def folder_bytes(adapter: Adapter, beside: str | Path | None = None) -> int:
 
 
 def _side_files(folder: Path) -> Iterator[Path]:
-    """Small files beside the weights; checkpoints of the training are folders and stay, pickles do too."""
-    own = (CONFIG_FILE, WEIGHTS_FILE)
-    for path in sorted(folder.iterdir()):
-        known = path.name in own or path.suffix in (".pt", ".pth", ".bin", ".safetensors")
-        if path.is_file() and not path.is_symlink() and not known:
+    """What a smaller adapter needs too: files that neither hold nor describe the old one."""
+    for name in _KEPT_FILES:
+        path = folder / name
+        if path.is_file() and not path.is_symlink():
             yield path
 
 

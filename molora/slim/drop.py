@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from molora.config import MoLoraConfig
 from molora.errors import ConfigError, Problem
+from molora.lifecycle import fields_without
 from molora.plan import most_experts, routing_spec
-from molora.routing import SUMS_TO_ONE
+from molora.routing.gates import EXACT_ZEROS, SUMS_TO_ONE
 from molora.slim.adapter import Adapter
 from molora.slim.changes import Slimmed, compared
 from molora.slim.experts import experts_of, rebuilt
 from molora.slim.prune import Usage
-from molora.slim.refusals import DROP, check_slimming
+from molora.slim.refusals import DROP, check_slimming, check_smaller
 from molora.slim.routers import rerouted
 
 _BY_THEMSELVES = ("dense", "top_k", "top_k_magnitude", "threshold", "adaptive_threshold")
@@ -39,12 +39,7 @@ def drop_experts(adapter: Adapter, experts: Iterable[int], usage: Usage | None =
             as fewer experts than `top_k`.
     """
     check_slimming(adapter.config, DROP)
-    dropped, number = sorted(set(experts)), most_experts(adapter.config.num_experts)
-    outside = [index for index in dropped if not 0 <= index < number]
-    if outside or not dropped or len(dropped) == number:
-        given = outside or dropped
-        message = f"got {given}; must be some of the experts 0 to {number - 1}, and not all of them."
-        raise ConfigError([Problem("drop", message)], "cannot drop experts of this adapter")
+    dropped, number = check_dropped(adapter.config, experts), most_experts(adapter.config.num_experts)
     kept = [index for index in range(number) if index not in dropped]
     own = {}
     for module, bank in experts_of(adapter).items():
@@ -54,7 +49,7 @@ def drop_experts(adapter: Adapter, experts: Iterable[int], usage: Usage | None =
     def chosen(module: str, name: str, value: Tensor, dim: int) -> Tensor:
         return value.index_select(dim, torch.tensor([*kept, *range(number, value.shape[dim])]))
 
-    new = rebuilt(Adapter(adapter.config, rerouted(adapter, chosen)), own, **fields_without(adapter.config, kept))
+    new = rebuilt(Adapter(adapter.config, rerouted(adapter, chosen)), own, **fields_without(adapter.config, dropped))
     routed = {module for module in adapter.modules if adapter.plan(module).router != "none"}
     masses = None if usage is None else {m: float(usage[m].mass(number)[dropped].sum()) for m in routed}
     slim = Slimmed(
@@ -64,19 +59,20 @@ def drop_experts(adapter: Adapter, experts: Iterable[int], usage: Usage | None =
     return slim
 
 
-def fields_without(config: MoLoraConfig, kept: Sequence[int]) -> dict[str, Any]:
-    """The fields of a config that has some of its routed experts, those of their ranks aside."""
-    fields: dict[str, Any] = {
-        "num_experts": len(kept),
-        "frozen_experts": sum(index < config.frozen_experts for index in kept)
-        + max(0, config.frozen_experts - most_experts(config.num_experts)),
-    }
-    if config.imported_experts is not None:
-        known = config.imported_experts
-        others = known[most_experts(config.num_experts) :]
-        left = [known[index] for index in kept if index < len(known)] + others
-        fields["imported_experts"] = left or None
-    return fields
+def check_dropped(config: MoLoraConfig, experts: Iterable[int]) -> list[int]:
+    """The indices of the experts to remove, in order.
+
+    Raises:
+        ConfigError: If an index is out of range, no expert would be left, or the rest is impossible.
+    """
+    dropped, number = sorted(set(experts)), most_experts(config.num_experts)
+    outside = [index for index in dropped if not 0 <= index < number]
+    if outside or not dropped or len(dropped) == number:
+        given = outside or dropped
+        message = f"got {given}; must be some of the experts 0 to {number - 1}, and not all of them."
+        raise ConfigError([Problem("drop", message)], "cannot drop experts of this adapter")
+    check_smaller(config, number - len(dropped))
+    return dropped
 
 
 def dropping_changes(config: MoLoraConfig) -> list[str]:
@@ -84,10 +80,11 @@ def dropping_changes(config: MoLoraConfig) -> list[str]:
     spec, reasons = routing_spec(config), []
     if spec.selection not in _BY_THEMSELVES:
         reasons.append(f"selection={spec.selection!r} compares with all experts")
-    sums = spec.gate in SUMS_TO_ONE and spec.gate != "sparsemax"  # whose zeros take no part
+    # Sparsemax's zeros take no part; where all are kept, nothing else has no weight.
+    sums = spec.gate in SUMS_TO_ONE and (spec.gate != "sparsemax" or spec.selection != "dense")
     normalised = spec.weights == "selected_softmax" or (spec.weights == "probability" and spec.renormalize)
-    by_level = spec.selection in ("threshold", "adaptive_threshold")
-    if spec.selection not in ("sparsemixer",) and sums and (not normalised or by_level):
+    by_ratio = normalised and spec.gate != "sparsemax" and spec.selection not in ("threshold", "adaptive_threshold")
+    if sums and not by_ratio:
         reasons.append(f"gate={spec.gate!r} shares its sum of one among all experts")
     for name in ("threshold", "max_threshold"):
         wanted = {"threshold": "threshold", "max_threshold": "adaptive_threshold"}[name]
@@ -95,11 +92,24 @@ def dropping_changes(config: MoLoraConfig) -> list[str]:
             reasons.append(f"{name} is 1/num_experts")
     if spec.logit_norm is not None:
         reasons.append("logit_norm looks at all logits")
-    if config.balance_bias_rate is not None and spec.weights == "biased_probability" and sums:
-        reasons.append("the balancing bias is added to shares of all experts")
+    if config.balance_bias_rate is not None and sums:
+        reasons.append("experts are ranked by the balancing bias and by shares of all experts")
+    if (lost := _lost_places(config)) is not None:
+        reasons.append(lost)
     if config.router == "unit_activation":
         reasons.append("router='unit_activation' divides by the norm over all experts")
     return reasons
+
+
+def _lost_places(config: MoLoraConfig) -> str | None:
+    """How an expert may be among the top k and have no weight, so that another gets its place when it goes."""
+    biased = config.balance_bias_rate is not None
+    if config.selection == "top_k_magnitude" or (config.selection == "top_k" and biased):
+        if config.min_logit is not None:
+            return "an expert may be among the top k and below min_logit, and its place goes to the next one"
+        if biased and config.gate in EXACT_ZEROS:
+            return "an expert of probability zero may have a place by its balancing bias, which goes to the next one"
+    return None
 
 
 def _judge(slim: Slimmed, config: MoLoraConfig, usage: Usage | None, routed: set[str], dropped: list[int]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,17 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from molora.errors import ConfigError, Problem
-from molora.export.source import ADAPTER, Source, load_source, read_rows_for
-from molora.plain.moments import Batch
+from molora.evaluation import TaskScore, score_tasks
+from molora.export.source import ADAPTER, Rows, Source, load_source, read_rows_for
 from molora.plan import routing_reads
 from molora.slim.adapter import Adapter, folder_bytes, read_adapter, write_adapter
 from molora.slim.changes import Slimmed
-from molora.slim.drop import drop_experts
+from molora.slim.drop import check_dropped, drop_experts
 from molora.slim.measure import Quality, output_errors, quality
-from molora.slim.merge import merge_experts
+from molora.slim.merge import check_number, merge_experts
 from molora.slim.prune import Usage, prune_experts, prune_ranks
 from molora.slim.refusals import DROP, MERGE, PRUNE, RANKS, RERANK, check_slimming
-from molora.slim.report import report_of, write_report
+from molora.slim.report import report_of, write_card, write_report
 from molora.slim.rerank import rerank
 from molora.slim.statistics import expert_usage
 from molora.writing import check_place, new_folder
@@ -43,11 +44,12 @@ class SlimOptions:
         keep_energy: Take out the ranks that contribute least; those kept have this share of each module's energy.
         rank: Give every expert its best approximation of this rank.
         merge_to: Make similar experts one until this many are left.
-        calibrate: Files of rows to look at; empty for the data the adapter was trained on, `None` for none. Eight
-            ninths of them are looked at, and every tenth row is held out to measure with.
+        calibrate: Files of rows to look at; empty for the data the adapter was trained on, `None` for none. Nine
+            tenths of them are looked at, and every tenth row is held out to measure with.
         rows: At most so many rows, drawn at random.
         seed: Of the draw.
         base_model: Name or folder to use instead of the one the adapter names.
+        evaluate: Score the tasks that the adapter was trained on before and after, where its run kept rows for that.
     """
 
     below: float | None = None
@@ -59,6 +61,7 @@ class SlimOptions:
     rows: int = 256
     seed: int = 0
     base_model: str | None = None
+    evaluate: bool = True
 
     def __post_init__(self) -> None:
         problems = list(self._problems())
@@ -83,14 +86,27 @@ class SlimOptions:
                     "for the data the adapter was trained on."
                 )
                 yield Problem(_flag(name), message)
-        for name in ("rows", "base_model"):
+        yield from self._impossible_numbers()
+        for name in ("rows", "seed", "base_model", "evaluate"):
             unset = SlimOptions.__dataclass_fields__[name].default
             if self.calibrate is None and getattr(self, name) != unset:
                 yield Problem(_flag(name), "is about calibration rows, which are not used; give --calibrate too.")
 
+    def _impossible_numbers(self) -> Iterator[Problem]:
+        if self.below is not None and not 0 <= self.below < 1:
+            yield Problem("--below", f"got {self.below!r}; must be a share in [0, 1).")
+        if self.keep_energy is not None and not 0 < self.keep_energy <= 1:
+            yield Problem("--keep-energy", f"got {self.keep_energy!r}; must be a share in (0, 1].")
+        if self.drop is not None and (not self.drop or min(self.drop) < 0):
+            yield Problem("--drop", f"got {list(self.drop)}; must be indices of experts.")
+        for name in ("rank", "merge_to", "rows"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                yield Problem(_flag(name), f"got {value!r}; must be at least 1.")
+
 
 def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+    return "--no-evaluate" if name == "evaluate" else "--" + name.replace("_", "-")
 
 
 @dataclass(frozen=True)
@@ -133,20 +149,30 @@ def slim_adapter(directory: str | Path, out: str | Path, **options: Any) -> Slim
     chosen = SlimOptions(**options)
     check_place(out)
     before = read_adapter(directory)
-    check_slimming(before.config, _OPERATIONS[chosen.operation])
-    source, usage, held_out = None, None, []
+    _check(before, chosen)
+    source, usage, rows = None, None, None
     if chosen.calibrate is not None:
         source = load_source(str(directory), base_model=chosen.base_model)
-        parts = read_rows_for(source, chosen.calibrate, [], chosen.rows, chosen.seed).parts
-        seen, held_out = [*parts["fit"], *parts["choose"]], parts["judge"]
+        rows = read_rows_for(source, chosen.calibrate, [], chosen.rows, chosen.seed)
+        seen = [*rows.parts["fit"], *rows.parts["choose"]]
         usage = expert_usage(source.model, seen, ADAPTER, moments=chosen.operation in _NEED_MOMENTS)
     slim = _slimmed(before, chosen, usage)
     with new_folder(out, needs=folder_bytes(slim.adapter, directory)) as folder:
         write_adapter(slim.adapter, folder, beside=directory)
-        found = None if source is None else _measured(slim, source, held_out, folder)
+        found = None if source is None or rows is None else _measured(slim, source, rows, folder, chosen.evaluate)
         result = SlimResult(before, slim, found)
         write_report(result.as_json(), folder)
+        write_card(slim, before, found, folder)
     return result
+
+
+def _check(before: Adapter, options: SlimOptions) -> None:
+    """Refuse what this adapter cannot become, before its base model is loaded."""
+    check_slimming(before.config, _OPERATIONS[options.operation])
+    if options.drop is not None:
+        check_dropped(before.config, options.drop)
+    if options.merge_to is not None:
+        check_number(before, options.merge_to)
 
 
 def _slimmed(adapter: Adapter, options: SlimOptions, usage: Usage | None) -> Slimmed:
@@ -163,8 +189,9 @@ def _slimmed(adapter: Adapter, options: SlimOptions, usage: Usage | None) -> Sli
     return prune_experts(adapter, usage, options.below)
 
 
-def _measured(slim: Slimmed, source: Source, held_out: Sequence[Batch], folder: Path) -> Quality | None:
+def _measured(slim: Slimmed, source: Source, rows: Rows, folder: Path, evaluate: bool) -> Quality | None:
     """Compare the written adapter with the old one, and note each module's error."""
+    held_out = rows.parts["judge"]
     if slim.adapter.config.num_experts != source.config.num_experts and "scores" in routing_reads(source.config):
         slim.notes.append("Nothing was measured: the rows have an `expert_scores` for each of the old experts.")
         return None
@@ -173,9 +200,15 @@ def _measured(slim: Slimmed, source: Source, held_out: Sequence[Batch], folder: 
     try:
         for module, error in output_errors(source.model, held_out, ADAPTER, _SLIM).items():
             slim.modules[module].error = error
-        return quality(source.model, held_out, ADAPTER, _SLIM)
+        score = functools.partial(_scores, source, rows) if evaluate and rows.scored else None
+        return quality(source.model, held_out, ADAPTER, _SLIM, score)
     finally:
         source.model.delete_adapter(_SLIM)
+
+
+def _scores(source: Source, rows: Rows) -> list[TaskScore]:
+    longest = source.run.evaluation.eval_max_new_tokens if source.run is not None else 64
+    return score_tasks(source.model, source.tokenizer, rows.scored, max_new_tokens=longest, progress=True)
 
 
 def _comparable(adapter: Adapter, folder: Path, scratch: Path) -> str:

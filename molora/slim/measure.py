@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from molora.evaluation import TaskScore
 from molora.export.measure import divergences
-from molora.likelihood import last_logits_only
+from molora.heads import last_logits_only
 from molora.modes import evaluating
 from molora.plain.fixed import layers_of
 from molora.plain.moments import Batch, run_batch
 from molora.routing.masks import TokenMasks
 from molora.slim.statistics import real_tokens
 from molora.watch import Seen, watching
+
+Score = Callable[[], list[TaskScore]]
 
 
 @dataclass(frozen=True)
@@ -29,12 +32,16 @@ class Quality:
         perplexity_before: Of the labelled tokens.
         perplexity_after: The same now.
         tokens: Labelled tokens.
+        scores_before: Of every task with rows to score, by `molora.evaluation`.
+        scores_after: The same now.
     """
 
     kl: float
     perplexity_before: float
     perplexity_after: float
     tokens: int
+    scores_before: list[TaskScore] = field(default_factory=list)
+    scores_after: list[TaskScore] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -65,7 +72,9 @@ def output_errors(model: nn.Module, batches: Sequence[Batch], before: str, after
     return {name: wrong / whole if whole else float(wrong > 0) for name, (wrong, whole) in compare.sums.items()}
 
 
-def quality(model: nn.Module, batches: Sequence[Batch], before: str, after: str) -> Quality:
+def quality(
+    model: nn.Module, batches: Sequence[Batch], before: str, after: str, score: Score | None = None
+) -> Quality:
     """Compare the answers of a model with the one adapter and with the other; the first stays active.
 
     Args:
@@ -73,6 +82,7 @@ def quality(model: nn.Module, batches: Sequence[Batch], before: str, after: str)
         batches: Held-out rows with labels.
         before: Name of the adapter as it was.
         after: Name of the slimmed one.
+        score: Scores tasks with the adapter that is active; `None` for no scores.
     """
 
     @contextmanager
@@ -84,7 +94,12 @@ def quality(model: nn.Module, batches: Sequence[Batch], before: str, after: str)
             model.set_adapter(before)  # type: ignore[operator]  # likewise
 
     old, new = divergences(model, model, batches, slimmed)
-    return Quality(float(new.kl or 0.0), old.perplexity, new.perplexity, old.tokens)
+    scores: list[list[TaskScore]] = [[], []]
+    if score is not None:
+        scores[0] = score()
+        with slimmed():
+            scores[1] = score()
+    return Quality(float(new.kl or 0.0), old.perplexity, new.perplexity, old.tokens, *scores)
 
 
 def _in_block(layer: Any, name: str) -> bool:

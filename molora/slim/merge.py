@@ -22,8 +22,8 @@ from molora.slim.adapter import PREFIX, Adapter
 from molora.slim.changes import Slimmed, compared
 from molora.slim.experts import Expert, experts_of, rebuilt
 from molora.slim.prune import Usage
-from molora.slim.refusals import MERGE, check_slimming
-from molora.slim.rerank import Whitening, truncated, whitening
+from molora.slim.refusals import MERGE, check_slimming, check_smaller
+from molora.slim.rerank import root_of, starts_of, truncated, whitening
 from molora.slim.routers import rerouted
 from molora.slim.similarity import groups_of, similarity
 
@@ -51,12 +51,10 @@ def merge_experts(adapter: Adapter, number: int, usage: Usage | None = None) -> 
             such as fewer experts than `top_k`.
     """
     check_slimming(adapter.config, MERGE)
+    check_number(adapter, number)
     experts, groups_at, shares_at = experts_of(adapter), {}, {}
     for holder, members in adapter.routing_groups().items():
         fewest = adapter.plan(holder).num_experts
-        if not 1 <= number <= fewest:
-            message = f"got {number}; {holder} has {fewest} experts, so it must be from 1 to {fewest}."
-            raise ConfigError([Problem("merge_to", message)], "cannot merge experts of this adapter")
         seen = None if usage is None else [usage[module] for module in members]
         groups = groups_of(similarity(adapter, holder, members, experts, seen), number)
         used = torch.ones(fewest, dtype=torch.float64)
@@ -77,6 +75,20 @@ def merge_experts(adapter: Adapter, number: int, usage: Usage | None = None) -> 
     return slim
 
 
+def check_number(adapter: Adapter, number: int) -> None:
+    """Refuse a number of experts that cannot be left.
+
+    Raises:
+        ConfigError: If some module has fewer, or the other choices of the config do not allow it.
+    """
+    for holder in adapter.routing_groups():
+        fewest = adapter.plan(holder).num_experts
+        if not 1 <= number <= fewest:
+            message = f"got {number}; {holder} has {fewest} experts, so it must be from 1 to {fewest}."
+            raise ConfigError([Problem("merge_to", message)], "cannot merge experts of this adapter")
+    check_smaller(adapter.config, number)
+
+
 def _shares(used: Tensor, group: Sequence[int]) -> Tensor:
     """Share of each member in the use of its group; even if nobody used any."""
     own = used[list(group)]
@@ -86,25 +98,27 @@ def _shares(used: Tensor, group: Sequence[int]) -> Tensor:
 def _merged_bank(
     adapter: Adapter, own: Sequence[Expert], groups: Groups, shares: Sequence[Tensor], usage: Usage | None, module: str
 ) -> list[Expert]:
-    white = None if usage is None else whitening(usage[module].moment)
+    white, starts = whitening(None if usage is None else usage[module]), starts_of(own)
     shared = adapter.plan(module).num_experts
     adds_up = not _compete(adapter.config)
     one_a = adapter.config.expert_layout == "shared_A"
     merged = []
     for group, share in zip(groups, shares, strict=True):
         factors = (share * len(group) if adds_up else share).tolist()
-        merged.append(merged_expert([own[index] for index in group], factors, one_a, white))
+        members = [own[index] for index in group]
+        root = None if one_a else root_of(white, members, [starts[index] for index in group])
+        merged.append(merged_expert(members, factors, one_a, root))
     return [*merged, *own[shared:]]
 
 
-def merged_expert(members: Sequence[Expert], factors: Sequence[float], one_a: bool, white: Whitening | None) -> Expert:
+def merged_expert(members: Sequence[Expert], factors: Sequence[float], one_a: bool, root: Tensor | None) -> Expert:
     """One expert that adds `Σ factor · scale · B A` of its members, at the highest of their ranks.
 
     Args:
         members: The experts.
         factors: How much each counts.
         one_a: They share A, so the sum has their rank anyway.
-        white: As in `truncated`.
+        root: As in `truncated`, for the members side by side.
     """
     if len(members) == 1:
         return members[0]
@@ -113,7 +127,7 @@ def merged_expert(members: Sequence[Expert], factors: Sequence[float], one_a: bo
         return Expert(members[0].down, torch.stack(ups).sum(dim=0), 1.0, members[0].bias)
     every = Expert(torch.cat([member.down for member in members]), torch.cat(ups, dim=1), 1.0)
     rank = max(member.rank for member in members)
-    return truncated(every, rank, white) if every.rank > rank else every
+    return truncated(every, rank, root) if every.rank > rank else every
 
 
 def _compete(config: MoLoraConfig) -> bool:
@@ -127,12 +141,18 @@ def _compete(config: MoLoraConfig) -> bool:
     )
 
 
+def _mass_adds_up(config: MoLoraConfig) -> bool:
+    """Whether a logit can stand for several experts."""
+    exponential = config.gate in _MASS_ADDS_UP or config.selection == "sparsemixer"
+    return exponential and config.logit_norm is None
+
+
 def _rerouted(
     adapter: Adapter, groups_at: dict[str, Groups], shares_at: dict[str, list[Tensor]]
 ) -> tuple[dict[str, Tensor], dict[str, bool]]:
     """The tensors with one logit a group, and the field that gives logits a bias if they need one now."""
     config = adapter.config
-    adds = config.gate in _MASS_ADDS_UP or config.selection == "sparsemixer"
+    adds = _mass_adds_up(config)
     level = config.temperature if config.selection != "sparsemixer" else 1.0
 
     def joined(module: str, name: str, value: Tensor, dim: int) -> Tensor:
@@ -181,12 +201,20 @@ def _fields(config: MoLoraConfig, number: int) -> dict[str, object]:
     return {"num_experts": number, "imported_experts": None, "frozen_experts": frozen}
 
 
+def _merges(slim: Slimmed) -> bool:
+    return any(len(group) > 1 for change in slim.modules.values() for group in change.groups)
+
+
 def _annotate(slim: Slimmed, config: MoLoraConfig, new_bias: bool) -> None:
-    adds = config.gate in _MASS_ADDS_UP or config.selection == "sparsemixer"
+    adds = _mass_adds_up(config)
     if new_bias:
         slim.notes.append("The router has a bias now: the logarithm of how many experts each one stands for.")
     elif adds and config.router not in ("linear", "task", "mlp", "normalized", "static", "table"):
         slim.notes.append(f"router={config.router!r} has no bias, so a merged expert gets the weight of one.")
+    elif config.logit_norm is not None and _merges(slim):
+        slim.notes.append("logit_norm looks at all logits, of which there are fewer now, so all weights change.")
+    elif not adds and _compete(config) and _merges(slim):
+        slim.notes.append("Weights are made to sum to one, and a merged expert counts as one there: others get more.")
     if config.frozen_experts and not slim.adapter.config.frozen_experts:
         slim.notes.append("No expert is frozen any more: frozen and trained ones may have become one.")
     if config.selection != "dense":

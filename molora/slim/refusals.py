@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import warnings
 from collections.abc import Iterator
 
 from molora.config import MoLoraConfig
@@ -40,6 +42,23 @@ def check_slimming(config: MoLoraConfig, operation: str) -> None:
     problems = list(_reasons(config, operation))
     if problems:
         raise ConfigError(problems, f"cannot {operation} of this adapter")
+
+
+def check_smaller(config: MoLoraConfig, number: int) -> None:
+    """Refuse a number of experts that the other choices do not allow, such as fewer than `top_k`.
+
+    Args:
+        config: The config before.
+        number: Routed experts that would be left.
+
+    Raises:
+        ConfigError: Listing every reason.
+    """
+    r = config.r if isinstance(config.r, int) else max(config.r)
+    fields = {"num_experts": number, "r": r, "rank_pattern": {}, "frozen_experts": 0, "imported_experts": None}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what is only unwise is said when it is done
+        dataclasses.replace(config, **fields)  # type: ignore[arg-type]  # which mypy checks as one type
 
 
 def _reasons(config: MoLoraConfig, operation: str) -> Iterator[Problem]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
+from molora._version import __version__
 from molora.slim.adapter import Adapter
 from molora.slim.changes import ModuleChange, Slimmed
 from molora.slim.measure import Quality
@@ -40,6 +41,38 @@ def report_of(slim: Slimmed, before: Adapter, quality: Quality | None = None) ->
 def write_report(report: Mapping[str, Any], folder: Path) -> None:
     """Write a report into an adapter folder."""
     (folder / SLIM_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def write_card(slim: Slimmed, before: Adapter, quality: Quality | None, folder: Path) -> None:
+    """Write a model card into an adapter folder."""
+    (folder / "README.md").write_text(model_card(slim, before, quality), encoding="utf-8")
+
+
+def model_card(slim: Slimmed, before: Adapter, quality: Quality | None) -> str:
+    """The text of `README.md` beside a smaller adapter: what was done, and the numbers of `molora_slim.json`."""
+    base = str(before.config.base_model_name_or_path or "")
+    local = Path(base).is_absolute()
+    front = ["---", "library_name: peft"]
+    if base and not local:  # a path on someone's disk is no model on the hub
+        front.append(f"base_model: {base}")
+    done = ", ".join(f"{name} = {value}" for name, value in slim.options.items())
+    lines = [
+        *front,
+        *("tags:", "- molora", "- peft", "---", ""),
+        *("# A smaller mixture of LoRA experts", ""),
+        f"Made by molora {__version__} from an adapter of {Path(base).name if local else base or 'a model'}: "
+        f"{slim.operation}, with {done}. `import molora` lets PEFT load it.",
+    ]
+    for line in summary(slim, before, quality):
+        lines += ["", line]
+    if quality is not None and quality.scores_after:
+        old = {(one.task, one.metric): one.value for one in quality.scores_before}
+        lines += ["", "| task | metric | rows | before | after |", "|---|---|---|---|---|"]
+        for one in quality.scores_after:
+            earlier = old.get((one.task, one.metric))
+            shown = "-" if earlier is None else f"{earlier:.3f}"
+            lines.append(f"| {one.task} | {one.metric} | {one.count} | {shown} | {one.value:.3f} |")
+    return "\n".join([*lines, "", f"`{SLIM_FILE}` has the numbers of every module."]) + "\n"
 
 
 def slim_table(modules: Mapping[str, ModuleChange], rows: int = 40) -> Table:

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from molora.errors import DataError
-from molora.likelihood import last_logits_only
+from molora.errors import DataError, MoloraError
+from molora.heads import last_logits_only
 from molora.modes import evaluating
 from molora.plain.fixed import layers_of
 from molora.plain.moments import Batch, run_batch
 from molora.routing.masks import TokenMasks
+from molora.routing.precision import promote
 from molora.routing.record import RoutingRecord, record_routing
 from molora.watch import Seen, watching
 
@@ -32,7 +33,9 @@ class ModuleStatistics:
         energy: Sum of squares of what each column of B is multiplied with, `[C]`.
         probability: Sum of what the gate gives before the selection, `[E]`; of the weights if that is not known.
         products: Sum of its products, `[E, E]`.
-        moment: Sum of `x xᵀ` of the inputs, `[in, in]`, if asked for.
+        hidden: Sum of `A x (A x)ᵀ` over the ranks of all experts, `[R, R]`, if asked for. It is all that low-rank
+            approximations need of the second moment of x, which has `in · in` numbers.
+        square: Sum of `|x|² / in`, likewise.
         routed_tokens: Tokens, or sequences, whose probabilities were summed up.
     """
 
@@ -42,7 +45,8 @@ class ModuleStatistics:
     energy: Tensor = field(default_factory=lambda: torch.zeros(()))
     probability: Tensor = field(default_factory=lambda: torch.zeros(()))
     products: Tensor = field(default_factory=lambda: torch.zeros(()))
-    moment: Tensor | None = None
+    hidden: Tensor | None = None
+    square: float = 0.0
     routed_tokens: float = 0.0
 
     @property
@@ -84,16 +88,23 @@ def expert_usage(
         model: The adapted model; left in the mode it was in.
         batches: As `molora.data.TaskCollator` makes them. Padding does not count.
         adapter_name: The adapter, which must be the active one.
-        moments: Sum up second moments of the inputs too, `in · in` numbers a module.
+        moments: Sum up second moments of what A makes of the inputs too, `R · R` numbers a module.
 
     Returns:
         The statistics by full name of the module in the base model.
 
     Raises:
-        MoloraError: If the model has no such adapter.
+        MoloraError: If the model has no such adapter, or it is not active.
         DataError: If there is no token to count.
     """
     layers = layers_of(model, adapter_name)
+    if not any(adapter_name in layer.active_adapters and not layer.disable_adapters for layer in layers.values()):
+        on = [layer for layer in layers.values() if not layer.disable_adapters]
+        active = ", ".join(sorted({name for layer in on for name in layer.active_adapters})) or "none"
+        raise MoloraError(
+            f"adapter {adapter_name!r} is not active, so nothing runs through it; active: {active}. "
+            f"Call `model.set_adapter({adapter_name!r})` first."
+        )
     collector = _Collector(adapter_name, {name: ModuleStatistics() for name in layers}, moments)
     options: dict[str, Any] = {"use_cache": False} if hasattr(model, "generate") else {}
     options |= last_logits_only(model)
@@ -107,6 +118,8 @@ def expert_usage(
                     _add_probabilities(collector.sums[names[record.layer]], record)
     if not any(one.tokens for one in collector.sums.values()):
         raise DataError("the calibration data has no token; give at least one row.")
+    for one in collector.sums.values():
+        one.hidden = None if one.hidden is None else one.hidden.cpu()
     return collector.sums
 
 
@@ -132,10 +145,13 @@ class _Collector:
         """Called by every adapted module."""
         if name == self.adapter_name:
             experts = layer.molora_plan[name].bank_experts
-            _add(self.sums[layer.module_key], experts, seen, real_tokens(self._masks, layer, seen.x), self.moments)
+            real = real_tokens(self._masks, layer, seen.x)
+            _add(self.sums[layer.module_key], experts, seen, real)
+            if self.moments:
+                _add_hidden(self.sums[layer.module_key], seen.x.detach().flatten(0, -2)[real], layer.matrices(name)[0])
 
 
-def _add(sums: ModuleStatistics, experts: int, seen: Seen, real: Tensor, moments: bool) -> None:
+def _add(sums: ModuleStatistics, experts: int, seen: Seen, real: Tensor) -> None:
     weights = seen.x.new_ones(experts) if seen.weights is None else seen.weights.detach()
     gated = seen.gated.detach()
     if gated.ndim > seen.x.ndim:  # every part of input and output has weights of its own
@@ -148,10 +164,16 @@ def _add(sums: ModuleStatistics, experts: int, seen: Seen, real: Tensor, moments
     sums.selected = sums.selected + (weights != 0).sum(dim=0).double()
     sums.weight = sums.weight + weights.abs().sum(dim=0)
     sums.energy = sums.energy + gated.square().sum(dim=0)
-    if moments:
-        x = seen.x.detach().flatten(0, -2)[real].float()
-        moment = (x.T @ x).double().cpu()
-        sums.moment = moment if sums.moment is None else sums.moment + moment
+
+
+def _add_hidden(sums: ModuleStatistics, x: Tensor, down: Tensor) -> None:
+    """Add second moments of `A x`, on the device where they are computed."""
+    x = promote(x)
+    hidden = x @ promote(down.detach()).to(x).T
+    where = "cpu" if x.device.type == "mps" else x.device  # which has no fp64
+    moment = (hidden.T @ hidden).to(where).double()
+    sums.hidden = moment if sums.hidden is None else sums.hidden + moment
+    sums.square += float(x.square().sum()) / x.shape[-1]
 
 
 def _add_probabilities(sums: ModuleStatistics, record: RoutingRecord) -> None:
