@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
 
 from molora import MoLoraConfig
+from molora.bank import MoLoraLayer
 from molora.compose import compose, lorahub
 from molora.compose.bank import diversity, select_experts
 from molora.compose.lorahub import search_weights, static_routers
