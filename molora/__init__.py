@@ -28,12 +28,14 @@ if MOLORA not in PEFT_TYPE_TO_CONFIG_MAPPING:
 _HOMES = {
     "export_adapter": "molora.export.job",
     "import_adapter": "molora.imported.foreign",
+    "slim_adapter": "molora.slim.job",
 }
 """Functions on whole folders, by the module they are imported from when first asked for: they load base models."""
 
 if TYPE_CHECKING:
     from molora.export.job import export_adapter
     from molora.imported.foreign import import_adapter
+    from molora.slim.job import slim_adapter
 
 
 def __getattr__(name: str) -> Any:
@@ -56,4 +58,5 @@ __all__ = [
     "import_adapter",
     "record_routing",
     "routing_inputs",
+    "slim_adapter",
 ]

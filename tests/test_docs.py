@@ -21,15 +21,17 @@ import molora_cli.arguments
 from molora import MoLoraConfig, available_presets
 from molora.bank import MoLoraLayer
 from molora.config_checks import NAMES
+from molora.export.options import METHODS as EXPORT_METHODS
+from molora.export.options import TARGETS
 from molora.losses import LOSSES
 from molora.routing.schedules import SCHEDULED
 from molora.routing.scope import RoutingInputs
 from molora.runfile import load_run_file
 
 ROOT = Path(__file__).parent.parent
-README, METHODS, FORMAT, LOSSES_PAGE = (
+README, METHODS, FORMAT, LOSSES_PAGE, EXPORT = (
     (ROOT / name).read_text(encoding="utf-8")
-    for name in ("README.md", "docs/methods.md", "docs/checkpoint_format.md", "docs/losses.md")
+    for name in ("README.md", "docs/methods.md", "docs/checkpoint_format.md", "docs/losses.md", "docs/export.md")
 )
 EXAMPLE = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
 EXAMPLES = re.findall(r"```python\n(.*?)```", METHODS, re.DOTALL)
@@ -62,12 +64,19 @@ def test_the_examples_of_methods_run_as_printed(number, tmp_path, monkeypatch):
 
 
 def test_the_commands_that_are_printed_are_commands():
-    lines = [line.split("#")[0].split() for line in METHODS.splitlines() if line.startswith("molora ")]
+    pages = [*METHODS.splitlines(), *EXPORT.splitlines()]
+    lines = [line.split("#")[0].split() for line in pages if line.startswith("molora ")]
     assert lines
     for _, *words in lines:
         molora_cli.arguments.parse(words)
     for name in molora_cli.arguments._build()[1]:
         assert re.search(rf"^molora ([a-z| ]+\| )?{name}\b", README, re.MULTILINE), name
+
+
+def test_every_target_and_method_of_an_export_is_explained():
+    for name in (*TARGETS, *EXPORT_METHODS):
+        assert f"`{name}`" in EXPORT, name
+    assert all(hasattr(molora, name) for name in re.findall(r"`molora\.([a-z_]+)\(", EXPORT))
 
 
 def test_every_preset_is_in_the_readme():
