@@ -26,6 +26,8 @@ SPARE = 16 * 2**20
 """Bytes that must stay free beside what is known to be needed: config, report and model card."""
 
 _PARTIAL = ".partial-"
+_ours: set[Path] = set()
+"""Hidden names that this process gave; others like them were left behind."""
 
 
 class WriteError(MoloraError):
@@ -151,9 +153,11 @@ def _prepare(out: str | Path, needs: int) -> tuple[Path, Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _refused(target, error) from error
-    for left in target.parent.glob(f".{glob.escape(target.name)}{_PARTIAL}*"):
+    for left in set(target.parent.glob(f".{glob.escape(target.name)}{_PARTIAL}*")) - _ours:
         logger.warning("%s was left by a run that was interrupted, or is one that still runs; delete it if not.", left)
-    return target, target.parent / f".{target.name}{_PARTIAL}{uuid.uuid4().hex[:8]}"
+    partial = target.parent / f".{target.name}{_PARTIAL}{uuid.uuid4().hex[:8]}"
+    _ours.add(partial)
+    return target, partial
 
 
 def _refused(target: Path, error: Exception) -> WriteError:

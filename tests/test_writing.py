@@ -82,6 +82,13 @@ def test_a_scratch_folder_lies_beside_its_target_and_is_gone_afterwards(tmp_path
     assert names(tmp_path) == []
 
 
+def test_what_the_same_run_is_writing_is_no_left_over(tmp_path: Path, caplog) -> None:
+    with scratch_folder(tmp_path / "out"), new_folder(tmp_path / "out") as folder:
+        (folder / "a").write_text("a")
+    assert caplog.text == ""
+    assert names(tmp_path) == ["out"]
+
+
 def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with new_folder(tmp_path / "out") as folder:
