@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from molora.errors import MergeError, MoloraError
+from molora.errors import MergeError
 from molora.export.options import ExportOptions
 from molora.export.parts import write_experts, write_tasks
 from molora.export.quality import compare, distilled, write_candidate
@@ -80,9 +80,9 @@ def _write_one(source: Source, out: str | Path, options: ExportOptions, report: 
             report.data = rows.origin
             folders = {name: scratch / name for name in loras}
             report.quality = compare(source, folders, rows.parts["judge"], options, rows.scored)
-            for method in report.calibration.loras if report.calibration is not None else ():
-                assert report.calibration is not None
-                report.quality[method].output_error = report.calibration.mean_error(method)
+            if (found := report.calibration) is not None:
+                for method in found.loras:
+                    report.quality[method].output_error = found.mean_error(method)
         lora = loras[report.method]
         report.rank = lora.rank
         report.notes += what_servers_refuse(source, lora) if options.target == "lora" else []
@@ -101,11 +101,8 @@ def _fitted(
         start = loras["calibrated"]
         write_candidate(source, start, scratch / "start")
         loras["distilled"] = distilled(source, scratch / "start", start, rows.fitted, options)
-    if options.chosen_method not in loras:
-        raise MoloraError(
-            f"`--method {options.chosen_method}` weighs linear experts, and those of this adapter are not linear; use "
-            "`--method calibrated`."
-        )
+    else:
+        found.by_method(options.chosen_method)  # refuses one that there is none of
     return loras, found
 
 

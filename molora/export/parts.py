@@ -9,7 +9,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from molora.errors import ConfigError, MoloraError, Problem
+from molora.errors import ConfigError, Problem
 from molora.export.experts import expert_loras, gate_tensors
 from molora.export.options import ExportOptions
 from molora.export.quality import compare, write_candidate
@@ -79,7 +79,9 @@ def folder_names(tasks: Sequence[str]) -> list[str]:
     names: list[str] = []
     for index, task in enumerate(tasks):
         name = re.sub(r"[^\w.-]+", "_", task).strip(".") or f"task_{index}"
-        names.append(f"{name}_{index}" if name in names else name)
+        while name in names:
+            name = f"{name}_{index}"
+        names.append(name)
     return names
 
 
@@ -103,12 +105,7 @@ def _fit_task(
     found = calibrate(
         source.model, parts, ADAPTER, rank=options.rank, bias=options.bias, joint=options.joint, progress=True
     )
-    if options.chosen_method not in found.loras:
-        raise MoloraError(
-            f"`--method {options.chosen_method}` weighs linear experts, and those of this adapter are not linear; use "
-            "`--method calibrated`."
-        )
-    lora = found.loras[options.chosen_method]
+    lora = found.by_method(options.chosen_method)
     write_candidate(source, lora, folder)
     quality = compare(source, {task: folder}, parts["judge"], options, [])
     quality[task].output_error = found.mean_error(options.chosen_method)

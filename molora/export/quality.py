@@ -20,13 +20,11 @@ from molora.export.source import Source
 from molora.plain.lora import PREFIX, PlainLora, write_lora
 from molora.plain.moments import Batch
 
-NAME = "{}.lora_{}.{}.weight"
-
 
 def write_candidate(source: Source, lora: PlainLora, folder: Path) -> None:
     """Write one candidate with everything else the adapter trained."""
     folder.mkdir(parents=True, exist_ok=True)
-    others, fields = source.others()
+    others, fields = source.others
     write_lora(
         lora,
         folder,
@@ -107,11 +105,15 @@ def distilled(
         state = {name: p.detach().float().cpu().clone() for name, p in student.named_parameters() if "lora_" in name}
     finally:
         student.unload()
+
+    def trained(name: str, tensor: str) -> torch.Tensor:
+        return state[f"{PREFIX}{name}.{tensor}"]
+
     factors = {
-        name: tuple(state[PREFIX + NAME.format(name, half, "default")] for half in "AB") for name in lora.factors
+        name: (trained(name, "lora_A.default.weight"), trained(name, "lora_B.default.weight")) for name in lora.factors
     }
-    biases = {name: state[f"{PREFIX}{name}.lora_B.default.bias"] for name in lora.biases}
-    return PlainLora(factors, biases, lora.fan_in_fan_out)  # type: ignore[arg-type]  # pairs, as there are two halves
+    biases = {name: trained(name, "lora_B.default.bias") for name in lora.biases}
+    return PlainLora(factors, biases, lora.fan_in_fan_out)
 
 
 @contextmanager

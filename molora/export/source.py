@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ class Source:
         """Names of the tasks it was trained on, by id, as far as known."""
         return known_tasks(self.directory)
 
+    @cached_property
     def others(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """What the adapter trained besides experts, such as whole modules, and the fields that say so."""
         tensors = read_adapter_tensors(self.directory)

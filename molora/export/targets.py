@@ -111,7 +111,7 @@ def check_target(source: Source, options: ExportOptions) -> None:
     """
     if options.target not in ("gguf-lora", "gguf"):
         return
-    others, _ = source.others()
+    others, _ = source.others
     if others:
         raise MoloraError(
             f"the adapter trained more than experts ({sorted(others)[0]}, ...), which a file for llama.cpp lacks; "
@@ -124,7 +124,7 @@ def check_target(source: Source, options: ExportOptions) -> None:
 
 def other_bytes(source: Source) -> int:
     """Bytes of what the adapter trained besides experts, which goes into every LoRA."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in source.others()[0].values())
+    return sum(tensor.numel() * tensor.element_size() for tensor in source.others[0].values())
 
 
 def what_servers_refuse(source: Source, lora: PlainLora) -> list[str]:
@@ -134,7 +134,7 @@ def what_servers_refuse(source: Source, lora: PlainLora) -> list[str]:
         notes.append(
             f"vLLM takes ranks up to {MOST_RANK}, and this one is {lora.rank}: add --rank {MOST_RANK}, or less."
         )
-    _, fields = source.others()
+    _, fields = source.others
     kept = [name for name, value in fields.items() if value not in (None, "none", [], {})]
     if lora.biases:
         kept.append("lora_bias")

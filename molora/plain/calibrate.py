@@ -74,6 +74,19 @@ class Calibration:
     linears: list[LinearFit]
     tokens: dict[str, int]
 
+    def by_method(self, method: str) -> PlainLora:
+        """The plain LoRA of a method.
+
+        Raises:
+            MoloraError: If the method does not go with this adapter.
+        """
+        if method not in self.loras:
+            raise MoloraError(
+                f"`--method {method}` weighs linear experts, and those of this adapter are not linear; use "
+                "`--method calibrated`."
+            )
+        return self.loras[method]
+
     def mean_error(self, method: str) -> float:
         """Mean of a method's error over the linears that route, or over all if none does."""
         routed = [fit for fit in self.linears if fit.ridge is not None] or self.linears
