@@ -188,12 +188,14 @@ class MoLoraLayer(BaseTunerLayer):
         logits = plan.num_experts + plan.spec.null_experts
         if not follows:
             dim = config.router_dim or router_class.default_dim
-            sizes = RouterSize(size, logits, dim, config.num_tasks or 1, plan.num_splits, config.router_bias)
+            sizes = RouterSize(
+                size, logits, dim, config.num_tasks or 1, plan.num_splits, config.router_bias, config.router_norm
+            )
             self.molora_router[name] = router_class(sizes).train(self.training)
         if follows and group is not None and group.decides_once:
             return
         if plan.spec.selection == "adaptive_threshold":
-            self.molora_threshold[name] = ThresholdNet(size)
+            self.molora_threshold[name] = ThresholdNet(size, config.router_norm)
         if plan.spec.weights == "blend":
             self.molora_blend[name] = Blend()
         if config.balance_bias_rate is not None:
@@ -217,7 +219,7 @@ class MoLoraLayer(BaseTunerLayer):
         if adapter_name in self.molora_router:
             self.molora_router[adapter_name].reset_parameters(config.router_init, config.router_init_range)
         if adapter_name in self.molora_threshold:
-            self.molora_threshold[adapter_name].reset_parameters()
+            self.molora_threshold[adapter_name].reset_parameters(config.threshold_start)
 
     def banks(self, name: str) -> list[tuple[Any, Any, tuple[int, ...]]]:
         """The pairs of A and B of an adapter, frozen ones first, with the columns of B that belong together."""

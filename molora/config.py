@@ -107,8 +107,16 @@ class MoLoraConfig(PeftConfig):
     router_input: str = _field("module", f"Whose features the router reads: {_names('router_input')}.")
     router_level: str = _field("token", f"What is routed as one: {_names('router_level')}.")
     router_sharing: str = _field("none", f"Which modules share a router: {_names('router_sharing')}.")
+    router_norm: str = _field(
+        "none", f"What `router: linear` does to its input, by statistics of training rows: {_names('router_norm')}."
+    )
     router_init: str = _field("kaiming_uniform", f"How a router is drawn: {_names('router_init')}.")
     router_init_range: float = _field(0.02, "Standard deviation of `router_init: normal`.")
+    router_confidence: float | None = _field(
+        None, "Mean largest probability that a router with `router_norm` is scaled to at its start. Default: as drawn."
+    )
+    calibration_rows: int = _field(96, "Training rows that routers take statistics and start from.")
+    router_lr_ratio: float = _field(1.0, "In molora's trainers, the learning rate of routers over the others'.")
     freeze_router: bool = _field(False, "Do not train routers.")
     num_tasks: int | None = _field(None, "Number of tasks, clusters or domains, for routers that read `task_ids`.")
     score_weight: float | None = _field(None, "Add the external `expert_scores` to the logits, this many times.")
@@ -124,6 +132,12 @@ class MoLoraConfig(PeftConfig):
     threshold: float | None = _field(None, "Least probability kept by `selection: threshold`. Default 1/num_experts.")
     max_threshold: float | None = _field(
         None, "Upper limit of the threshold learned by `selection: adaptive_threshold`. Default 1/num_experts."
+    )
+    threshold_start: float | None = _field(
+        None, "Share of `max_threshold` at which learned thresholds start, for all tokens. Default: drawn, about half."
+    )
+    experts_per_token: float | None = _field(
+        None, "Experts that `adaptive_threshold` shall keep on average; molora's trainers move the thresholds."
     )
     top_gap: float | None = _field(None, "Lead that makes one expert enough for `selection: top_1_or_2`. Default 0.1.")
     expert_groups: int | None = _field(None, "Groups of experts of `selection: grouped_top_1`. Default 2.")

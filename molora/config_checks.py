@@ -10,7 +10,7 @@ from typing import Any
 from molora.errors import Problem, one_of
 from molora.layouts import ACTIVATIONS, LAYOUTS
 from molora.losses import LOSSES, coefficient_problem, option_problem, settings_of
-from molora.routing import GATES, ROUTER_INITS, ROUTERS, SELECTIONS, WEIGHTS
+from molora.routing import GATES, NORMS, ROUTER_INITS, ROUTERS, SELECTIONS, WEIGHTS
 from molora.routing.schedules import schedule_problems
 
 Config = Any
@@ -28,10 +28,11 @@ NAMES: dict[str, Mapping[str, Any]] = {
     "selection": SELECTIONS,
     "weights": WEIGHTS,
     "router_init": ROUTER_INITS,
+    "router_norm": dict.fromkeys(NORMS),
     "expert_layout": LAYOUTS,
     "expert_activation": ACTIVATIONS,
     "shared_weight": dict.fromkeys(("one", "remainder")),
-    "init_A": dict.fromkeys(("kaiming_uniform", "normal", "sparse_normal")),
+    "init_A": dict.fromkeys(("kaiming_uniform", "normal", "orthogonal", "sparse_normal")),
     "dropout_position": dict.fromkeys(("input", "hidden")),
     "scale_by": dict.fromkeys(("expert", "total")),
     "expert_scope": dict.fromkeys(("linear", "ffn", "block")),
@@ -153,6 +154,7 @@ _COUNTS: dict[str, tuple[int, bool]] = {
     "num_tasks": (1, True),
     "top_k": (1, True),
     "expert_groups": (1, True),
+    "calibration_rows": (1, False),
 }
 """Integer fields: the least value, and whether they may be left out."""
 
@@ -163,6 +165,8 @@ _NUMBERS: dict[str, tuple[float, float, bool]] = {
     "min_logit": (-math.inf, math.inf, True),
     "capacity_factor": (0.0, math.inf, True),
     "balance_bias_rate": (0.0, math.inf, True),
+    "router_lr_ratio": (0.0, math.inf, False),
+    "experts_per_token": (0.0, math.inf, True),
     "top_p": (0.0, 1.0, True),
     "threshold": (0.0, 1.0, True),
     "max_threshold": (0.0, 1.0, True),
@@ -184,6 +188,12 @@ def _check_numbers(config: Config) -> Iterator[Problem]:
         value = getattr(config, name)
         if not (value == 0 or (_is_number(value, 0) and value < below)):
             yield Problem(name, f"got {value!r}; must be a number in [0, {below:g}).")
+    confidence = config.router_confidence
+    if not (confidence is None or (_is_number(confidence, 0) and confidence < 1)):
+        yield Problem("router_confidence", f"got {confidence!r}; must be a number in (0, 1).")
+    start = config.threshold_start
+    if not (start is None or (_is_number(start, 0) and start < 1)):
+        yield Problem("threshold_start", f"got {start!r}; must be a number in (0, 1).")
     if not (config.top_gap is None or config.top_gap == 0 or _is_number(config.top_gap, 0)):
         yield Problem("top_gap", f"got {config.top_gap!r}; must be a number of at least 0.")
     pair = config.blend_coefficients

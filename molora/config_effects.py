@@ -26,6 +26,12 @@ _UNSET: dict[str, Any] = {
     "balance_bias_rate": None,
     "shared_weight": "one",
     "router_init": "kaiming_uniform",
+    "router_norm": "none",
+    "router_confidence": None,
+    "router_lr_ratio": 1.0,
+    "calibration_rows": 96,
+    "threshold_start": None,
+    "experts_per_token": None,
     "gate": "softmax",
     "temperature": 1,
     "logit_norm": None,
@@ -42,6 +48,7 @@ _UNSET: dict[str, Any] = {
 _OF_SPARSEMIXER = ("gate", "temperature", "min_logit", "expert_dropout", "capacity_factor", "balance_bias_rate")
 _OF_DECISIONS = (
     *("gate", "temperature", "logit_norm", "router_noise", "router_init", "router_sharing", "min_logit"),
+    *("router_norm", "router_lr_ratio"),
     *("expert_dropout", "score_weight", "balance_bias_rate", "routing_schedules"),
 )
 _ROWS_ONLY = ("linear", "prototype", "arrow", "recurrent", "domain")
@@ -108,6 +115,16 @@ def _unread(config: Config) -> Iterator[tuple[str, str, str]]:
         yield "router_init", router, "set another router"
     if config.router_init != "normal":
         yield "router_init_range", f"router_init={config.router_init!r}", "set router_init='normal'"
+    if config.router != "linear":
+        yield "router_norm", router, "set router='linear'"
+    if config.router_norm == "none":
+        for name in ("calibration_rows", "router_confidence"):
+            yield name, "router_norm='none'", "set router_norm='standardize'"
+    if config.selection != "adaptive_threshold":
+        for name in ("threshold_start", "experts_per_token"):
+            yield name, f"selection={config.selection!r}", "set selection='adaptive_threshold'"
+    if config.freeze_router or config.router in _WITHOUT_PARAMETERS:
+        yield "router_lr_ratio", "no router that is trained", "leave out `freeze_router`, or set router='linear'"
     if config.init_A != "normal":
         yield "init_A_range", f"init_A={config.init_A!r}", "set init_A='normal'"
     if not config.lora_dropout:

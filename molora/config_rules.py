@@ -10,7 +10,7 @@ from molora.config_checks import FORMAT_VERSION, fewest_experts
 from molora.config_effects import without_effect
 from molora.config_losses import check_losses
 from molora.errors import Problem
-from molora.routing import SELECTIONS_OF_FIELD, SUMS_TO_ONE, reads
+from molora.routing import DATA_INITS, SELECTIONS_OF_FIELD, SUMS_TO_ONE, reads
 
 Config = Any
 """A `MoLoraConfig`; not imported, since its module calls the checks here."""
@@ -139,6 +139,17 @@ def _check_router(config: Config) -> Iterator[Problem]:
         yield from _check_activation_router(config)
     if config.router == "recurrent" and config.router_level == "sequence":
         yield Problem("router_level", "'sequence' is not defined for router='recurrent'.")
+    if config.router_init in DATA_INITS and config.router_norm == "none":
+        yield Problem("router_init", f"{config.router_init!r} is made from data; set router_norm='standardize'.")
+    choices = fewest + config.null_experts
+    if config.router_confidence is not None and config.router_confidence <= 1 / choices:
+        yield Problem(
+            "router_confidence",
+            f"got {config.router_confidence:g}, and {choices} experts have {1 / choices:g} each when they are all "
+            "alike; set more, such as 0.7.",
+        )
+    if config.router_norm != "none" and config.router_input == "base":
+        yield Problem("router_norm", "reads the input of each module; set router_input='module'.")
     if config.weights == "blend" and config.router == "external":
         yield Problem("weights", "'blend' mixes scores with a router of its own; set router='linear'.")
 

@@ -240,7 +240,9 @@ def init_down(lora_a: Tensor, init: str, init_range: float, density: float) -> N
 
     Args:
         lora_a: Filled in place.
-        init: `kaiming_uniform` as PEFT's LoRA; `normal`; `sparse_normal` leaves all but a random share of each row
+        init: `kaiming_uniform` as PEFT's LoRA; `normal`; `orthogonal`, as long as those of `kaiming_uniform` and at
+            right angles to each other, as far as there is room, so that no expert reads what another one does;
+            `sparse_normal` leaves all but a random share of each row
             zero and draws those from N(0, 1/R²) (FlyLoRA, arXiv 2510.08396).
         init_range: Standard deviation of `normal`.
         density: Share of each row that `sparse_normal` fills.
@@ -251,6 +253,8 @@ def init_down(lora_a: Tensor, init: str, init_range: float, density: float) -> N
         nn.init.kaiming_uniform_(lora_a, a=math.sqrt(5))
     elif init == "normal":
         nn.init.normal_(lora_a, std=init_range)
+    elif init == "orthogonal":
+        nn.init.orthogonal_(lora_a, gain=3**-0.5)
     else:
         rows, columns = lora_a.shape
         kept = torch.rand(rows, columns, device=lora_a.device).topk(max(1, round(columns * density)), dim=1).indices

@@ -68,7 +68,7 @@ def _reads_few(layer: Any, name: str, parts: Standard, x: Tensor) -> bool:
 def _of_own_experts(layer: Any, name: str, x: Tensor, y: Tensor, parts: Standard) -> Tensor:
     """`y + B (g ⊙ A x)` for one token of a CPU, `[out]`, reading the matrices of its own experts."""
     down, up, router = parts.down, parts.up, parts.router
-    token, rows, bias = x.reshape(-1), router.weight, router.bias
+    token, rows, bias = x.reshape(-1), router.rows(), router.offset()
     wide = promote(token)
     logits = torch.mv(rows.to(wide.dtype), wide)
     logits = logits if bias is None else logits + bias
@@ -98,7 +98,7 @@ def _weights(layer: Any, name: str, x: Tensor, parts: Standard) -> Tensor:
         weights = layer.molora_group[name].take(name, call, x.shape[:-1]).weights
         return weights.reshape(x.shape[:-1].numel(), weights.shape[-1])
     features, router = x.reshape(-1, x.shape[-1]), parts.router
-    logits = linear(features, router.weight, router.bias)
+    logits = linear(features, router.rows(), router.offset())
     threshold = None if parts.threshold is None else parts.threshold(features)
     weights = weights_of_few(logits, threshold, None if parts.bias is None else parts.bias(), parts.choices)
     hand_on(layer, name, x, logits, weights, threshold)

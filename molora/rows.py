@@ -25,9 +25,9 @@ def _parts(layer: Any, name: str, dtype: torch.dtype) -> tuple[Choices, AdapterP
     if {parts.down.dtype, parts.up.dtype} != {dtype} or drops(layer, name):
         return None
     net = parts.threshold
-    threshold = (None, None) if net is None else (net.weight, net.bias)
+    threshold = (None, None) if net is None else (net.rows(), net.offset())
     router = parts.router
-    return parts.choices, AdapterParts(parts.down, router.weight, parts.up, parts.scale, router.bias, *threshold)
+    return parts.choices, AdapterParts(parts.down, router.rows(), parts.up, parts.scale, router.offset(), *threshold)
 
 
 def _kind(choices: Choices, parts: AdapterParts) -> tuple[Any, ...]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from molora.bank import MoLoraLayer
 from molora.plan import ModulePlan
+from molora.routing import Affine
 
 
 class Snapshot:
@@ -41,6 +42,9 @@ class Snapshot:
                     _take(targets[key][0], sized[key][0], sized[key][1], [*order, *nulls])
                 else:
                     dict(new.named_parameters())[key].data.copy_(value)
+            if isinstance(old, Affine) and old.input_mean is not None and old.input_std is not None:
+                new.set_statistics(old.input_mean, old.input_std)
+                new.awaits_data = old.awaits_data
 
     def _restore_dtypes(self, layer: MoLoraLayer, name: str) -> None:
         """New parts come in the dtype of the base layer, and trained ones are often kept in a finer one."""

@@ -75,8 +75,8 @@ def matrices_of(layer: Any, name: str) -> Matrices:
     router, threshold = layer.router_of(name), None
     net = held(layer, "molora_threshold", name)
     if type(net) is ThresholdNet and at_hand(net):
-        threshold = net.weight
-    rows = router.weight if router.takes_product and at_hand(router) else None
+        threshold = net.rows()
+    rows = router.rows() if router.takes_product and at_hand(router) else None
     return Matrices(down, rows, threshold)
 
 

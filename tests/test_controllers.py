@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from types import SimpleNamespace
 
+import kinds
 import pytest
 import torch
 from torch import nn
 from transformers import TrainerState
 
 from molora.errors import MoloraError
-from molora.routing.balance import balanced_bias
+from molora.routing.balance import THRESHOLD_RATE, balanced_bias, steered_threshold
 from molora.routing.masks import TokenMasks
 from molora.routing.record import RoutingRecord
 from molora.routing.route import Routing
@@ -19,7 +20,7 @@ from molora.routing.schedules import schedule_problems, scheduled_value
 from molora.routing.stacked import stack_records
 from molora.trainers import RoutingControlCallback, RoutingScheduleCallback
 from molora.trainers.columns import ColumnCollator, prompt_of_batch, take_columns
-from molora.trainers.control import _adapted
+from molora.trainers.control import _adapted, refuse_to_move_thresholds
 from molora.trainers.counts import LinearCounts, StepCounts
 
 
@@ -32,6 +33,32 @@ def test_the_bias_moves_towards_the_experts_that_are_short_of_tokens():
 def test_an_even_load_moves_no_bias_however_large_the_counts():
     counts = torch.full((3,), 16777217, dtype=torch.int64)
     assert balanced_bias(torch.zeros(3), counts, 1.0).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("bias", "active", "expected"),
+    [
+        (0.5, 2.0, 0.5),  # as wanted
+        (0.5, 8.0, 0.5 + 0.1),  # too many by more than a factor e: a whole step up
+        (0.5, 0.0, 0.5 - 0.1),  # none at all: a whole step down
+        (0.5, 2.0 * 1.5, 0.5 + 0.1 * 0.405465),
+        (0.5, 2.0 / 1.5, 0.5 - 0.1 * 0.405465),  # as far off
+        (7.95, 8.0, 8.0),  # no further
+        (9.0, 8.0, 9.0),  # was there already
+        (9.0, 0.0, 8.9),  # comes back at once
+        (-8.0, 0.0, -8.0),
+    ],
+)
+def test_a_threshold_rises_while_more_experts_than_wanted_are_active(bias, active, expected):
+    moved = steered_threshold(torch.tensor([bias]), torch.tensor(active), 2.0)
+    assert THRESHOLD_RATE == 0.1
+    torch.testing.assert_close(moved, torch.tensor([expected]))
+
+
+def test_a_bias_in_16_bits_stays_in_16_bits():
+    moved = steered_threshold(torch.tensor([0.5], dtype=torch.bfloat16), torch.tensor(8.0), 2.0)
+    assert moved.dtype == torch.bfloat16
+    assert moved.item() == pytest.approx(0.6, abs=2e-3)
 
 
 @dataclass(frozen=True)
@@ -49,6 +76,9 @@ class Layer(nn.Module):
         self.molora_bias = nn.ModuleDict({name: nn.Module() for name in adapters})
         for bias in self.molora_bias.values():
             bias.weight = nn.Parameter(torch.zeros(3), requires_grad=False)
+        self.molora_threshold = nn.ModuleDict({name: nn.Linear(2, 1) for name in adapters})
+        for net in self.molora_threshold.values():
+            nn.init.zeros_(net.bias)
 
 
 class Model(nn.Module):
@@ -61,6 +91,9 @@ class Model(nn.Module):
 
     def bias(self, layer, adapter="x"):
         return getattr(self, layer).molora_bias[adapter].weight.tolist()
+
+    def threshold(self, layer, adapter="x"):
+        return getattr(self, layer).molora_threshold[adapter].bias
 
 
 def decisions(layer, experts, mask=None):
@@ -96,6 +129,98 @@ def test_without_a_rate_no_bias_moves():
     callback.counts.add("x", decisions("a", [0, 0]))
     callback.on_optimizer_step(None, None, None, model=model)
     assert model.bias("a") == [0, 0, 0]
+
+
+def test_thresholds_move_once_a_step_by_the_experts_of_its_real_tokens():
+    model = Model(experts_per_token=1.0)
+    callback, _ = begun(model)
+    p = torch.ones(1, 2, 3)  # all three of each token
+    for mask in (None, torch.tensor([[1, 0]])):
+        record = RoutingRecord("a", "x", Routing(p, p, p > 0, p), TokenMasks(mask))
+        callback.counts.start_micro_batch()
+        callback.counts.add("x", stack_records([record]))
+    callback.on_optimizer_step(None, None, None, model=model)
+    assert model.threshold("a").item() == pytest.approx(THRESHOLD_RATE)  # log 3 is more than a whole step
+    assert model.threshold("b").item() == model.threshold("a", "frozen").item() == 0.0  # saw no token; is not active
+    callback.counts.add("x", decisions("a", [0, 1]))
+    callback.on_optimizer_step(None, None, None, model=model)
+    assert model.threshold("a").item() == pytest.approx(THRESHOLD_RATE), "one a token is what is wanted"
+    assert model.bias("a") == [0, 0, 0]
+
+
+def test_null_experts_are_none_of_those_wanted():
+    model = Model(experts_per_token=1.0)
+    model.a.molora_plan["x"].num_experts, model.a.molora_plan["x"].spec.null_experts = 1, 2
+    callback, _ = begun(model)
+    callback.counts.add("x", decisions("a", [0, 1, 2, 2]))  # a quarter of the tokens has a true expert
+    callback.on_optimizer_step(None, None, None, model=model)
+    assert model.threshold("a").item() == pytest.approx(-THRESHOLD_RATE)
+
+
+@pytest.mark.parametrize(("wanted", "kept"), [(1.0, 0.0), (None, 1.0)])
+def test_a_steered_threshold_has_no_gradient_of_its_own(wanted, kept):
+    model = Model(experts_per_token=wanted)
+    callback, _ = begun(model)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    callback.on_pre_optimizer_step(None, None, None, model=model)
+    net = model.a.molora_threshold["x"]
+    assert (net.bias.grad.item(), net.weight.grad.tolist()) == (kept, [[1.0, 1.0]])
+    assert model.threshold("a", "frozen").grad.item() == 1.0
+
+
+def thresholds_of(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if "molora_threshold" in name}
+
+
+def steered(folder, steps, **arguments):
+    """A trainer of eight experts that a token uses all of at first, and is to use two of."""
+    fields = {"num_experts": 8, "experts_per_token": 2.0, "max_threshold": 0.5, "threshold_start": 0.02}
+    kept = {"init_weights": False, "router_init": "normal", "router_init_range": 0.15}
+    model = kinds.model_for("sft", kinds.config("adamole", **fields, **kept))
+    return kinds.trainer_for("sft", folder, model, max_steps=steps, learning_rate=1e-3, **arguments)
+
+
+def test_a_token_uses_as_many_experts_as_are_wanted_after_a_while(tmp_path):
+    trainer = steered(tmp_path, 70)
+    trainer.train()
+    used = [entry["molora/experts_per_token"] for entry in trainer.state.log_history if "loss" in entry]
+    assert used[0] > 7.9
+    assert all(1.7 < value < 2.3 for value in used[-20:]), used
+
+
+def test_a_resumed_training_goes_on_with_its_thresholds(tmp_path):
+    saved = {"save_strategy": "steps", "save_steps": 3}
+    straight = steered(tmp_path / "a", 6, **saved)
+    straight.train()
+    resumed = steered(tmp_path / "b", 6, **saved)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
+    one, other = thresholds_of(straight.model), thresholds_of(resumed.model)
+    assert one.keys() == other.keys() != set()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("deepspeed", "fsdp", "wanted", "words"),
+    [
+        (True, None, 2.0, "DeepSpeed's optimizer has a copy"),
+        (False, 1, 2.0, "FSDP 1 cuts up"),
+        (False, 2, 2.0, None),
+        (False, None, 2.0, None),
+        (True, None, None, None),
+    ],
+)
+def test_thresholds_are_steered_only_where_they_can_be_changed(deepspeed, fsdp, wanted, words):
+    plugin = None if fsdp is None else SimpleNamespace(fsdp_version=fsdp)
+    accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
+    trainer = SimpleNamespace(
+        model=Model(experts_per_token=wanted), accelerator=accelerator, is_deepspeed_enabled=deepspeed
+    )
+    if words is None:
+        refuse_to_move_thresholds(trainer)
+    else:
+        with pytest.raises(MoloraError, match=f"experts_per_token of adapter 'x'.*{words}.*FSDP2 or DDP"):
+            refuse_to_move_thresholds(trainer)
 
 
 def test_counts_of_a_step_tell_its_last_micro_batch_apart():

@@ -1,4 +1,4 @@
-"""What moves by itself between steps: balancing biases, and coefficients that follow how routing does."""
+"""What moves by itself between steps: balancing biases, thresholds, and coefficients that follow how routing does."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from molora.errors import MoloraError
 from molora.losses import ADAPTIVE, adapted_coefficients, coefficient_at, next_coefficient, settings_of
-from molora.routing.balance import balanced_bias
+from molora.routing.balance import balanced_bias, steered_threshold
 from molora.routing.stacked import StackedRouting
 from molora.trainers.callbacks import trained_adapters
 from molora.trainers.counts import Key, LinearCounts, StepCounts
@@ -25,13 +25,14 @@ Coefficients = dict[str, float | dict[str, float]]
 
 
 class RoutingControlCallback(TrainerCallback):
-    """Moves balancing biases and controlled coefficients after each optimizer step.
+    """Moves balancing biases, thresholds and controlled coefficients after each optimizer step.
 
     `RoutingLossMixin` installs it and hands it the decisions of every micro-batch. All processes take the same step,
     from the counts of all of them. A forward pass never changes anything: gradient checkpointing runs it twice.
 
-    Biases move for adapters whose config has a `balance_bias_rate`, the coefficient of `l1_sparsity` towards its
-    `experts_per_token`, and those of `load_balancing` with `adaptive` by how far each linear is out of balance.
+    Biases move for adapters whose config has a `balance_bias_rate`, thresholds towards its `experts_per_token`, the
+    coefficient of `l1_sparsity` towards the `experts_per_token` of that loss, and those of `load_balancing` with
+    `adaptive` by how far each linear is out of balance.
 
     Attributes:
         counts: The selections of the step that runs.
@@ -70,6 +71,16 @@ class RoutingControlCallback(TrainerCallback):
         return {name: held.get(name, coefficient_at(setting, step, steps)) for name, setting in losses.items()}
 
     @torch.no_grad()
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Keep gradients from the biases that are steered: two that pull at one bias meet short of what is wanted."""
+        model = kwargs["model"]
+        for adapter in trained_adapters(model):
+            if _experts_wanted(model.peft_config[adapter]) is not None:
+                for _, bias in _thresholds(model, adapter):
+                    if bias.grad is not None:
+                        bias.grad.zero_()  # and not None, so that every optimizer has a state of it to save
+
+    @torch.no_grad()
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Move everything by one step, and count anew."""
         model = kwargs["model"]
@@ -81,6 +92,9 @@ class RoutingControlCallback(TrainerCallback):
             own = {key: counts for key, counts in everyones.items() if key[0] == adapter}
             if getattr(config, "balance_bias_rate", None) is not None:
                 _move_biases(model, adapter, config.balance_bias_rate, own)
+            wanted = _experts_wanted(config)
+            if wanted is not None:
+                _move_thresholds(model, adapter, wanted, own)
             self._move_coefficients(adapter, config.routing_losses, own)
 
     def _move_coefficients(self, adapter: str, losses: Mapping[str, Any], counts: Mapping[Key, LinearCounts]) -> None:
@@ -108,7 +122,13 @@ def _is_steered(config: Any) -> bool:
     """Whether something of an adapter follows its counts."""
     losses = getattr(config, "routing_losses", {})
     adaptive = [name for name, s in losses.items() if ADAPTIVE.given(settings_of(s)[1].get("adaptive")) is not None]
-    return getattr(config, "balance_bias_rate", None) is not None or "l1_sparsity" in losses or bool(adaptive)
+    steers = getattr(config, "balance_bias_rate", None) is not None or _experts_wanted(config) is not None
+    return steers or "l1_sparsity" in losses or bool(adaptive)
+
+
+def _experts_wanted(config: Any) -> float | None:
+    """How many experts the thresholds of an adapter are to keep on average, if they are to."""
+    return getattr(config, "experts_per_token", None)
 
 
 def _experts_per_token(counts: Mapping[Key, LinearCounts]) -> float:
@@ -156,3 +176,41 @@ def _biases(model: Any, adapter: str) -> Iterator[tuple[str, Tensor]]:
         held = getattr(module, "molora_bias", None)
         if held is not None and adapter in held:
             yield name, held[adapter].weight
+
+
+def _move_thresholds(model: Any, adapter: str, wanted: float, counts: Mapping[Key, LinearCounts]) -> None:
+    for name, bias in _thresholds(model, adapter):
+        of_linear = counts[adapter, name]
+        true = of_linear.selected[: len(of_linear.selected) - of_linear.null_experts].sum()
+        # A linear that no token reached stays as it is.
+        active = torch.where(of_linear.tokens > 0, true / of_linear.tokens.clamp(min=1), wanted)
+        change_whole(bias, lambda whole, now=active: steered_threshold(whole, now.to(whole.device), wanted))
+
+
+def _thresholds(model: Any, adapter: str) -> Iterator[tuple[str, Tensor]]:
+    """Name of the linear and the bias of its threshold net."""
+    for name, module in model.named_modules():
+        held = getattr(module, "molora_threshold", None)
+        if held is not None and adapter in held:
+            yield name, held[adapter].bias
+
+
+def refuse_to_move_thresholds(trainer: Any) -> None:
+    """Refuse ways of sharing a model out in which a trained parameter cannot be changed between steps.
+
+    Raises:
+        MoloraError: If an active adapter has `experts_per_token`, with DeepSpeed or FSDP 1.
+    """
+    moved = [name for name in trained_adapters(trainer.model) if _experts_wanted(trainer.model.peft_config[name])]
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if trainer.is_deepspeed_enabled:
+        reason = "DeepSpeed's optimizer has a copy of its own of every trained parameter"
+    elif plugin is not None and plugin.fsdp_version == 1:
+        reason = "FSDP 1 cuts up what they are held in"
+    else:
+        return
+    if moved:
+        raise MoloraError(
+            f"experts_per_token of adapter {moved[0]!r} moves thresholds between steps, and {reason}. Train with "
+            "FSDP2 or DDP, or without `experts_per_token`."
+        )

@@ -18,10 +18,17 @@ from molora.routing.diagnosis import routing_problems
 from molora.routing.record import RoutingRecord, record_routing
 from molora.routing.stacked import stack_records
 from molora.routing.statistics import RoutingTally, tally
+from molora.trainers.calibration import CalibrationMixin, restore_statistics
 from molora.trainers.callbacks import RoutingScheduleCallback, restore_choices, trained_adapters
 from molora.trainers.column_mixin import RoutingColumnsMixin
 from molora.trainers.consistency import ModelOutput, consistency_of, model_outputs
-from molora.trainers.control import Coefficients, RoutingControlCallback, balances_globally
+from molora.trainers.control import (
+    Coefficients,
+    RoutingControlCallback,
+    balances_globally,
+    refuse_to_move_thresholds,
+)
+from molora.trainers.groups import RouterRatesMixin
 from molora.trainers.metrics import RoutingMetrics, add_to_history
 from molora.trainers.saving import WholeCheckpointsMixin
 from molora.trainers.sharding import restore_frozen, share_out_by_itself
@@ -31,7 +38,7 @@ LOG_PREFIX = "molora/"
 logger = logging.getLogger(__name__)
 
 
-class RoutingLossMixin(RoutingColumnsMixin, WholeCheckpointsMixin):
+class RoutingLossMixin(RoutingColumnsMixin, CalibrationMixin, RouterRatesMixin, WholeCheckpointsMixin):
     """Put first among a trainer's bases: `class MyTrainer(RoutingLossMixin, SFTTrainer)`.
 
     The losses are those in the `routing_losses` of each active adapter's config. They are added in `compute_loss`, the
@@ -39,8 +46,9 @@ class RoutingLossMixin(RoutingColumnsMixin, WholeCheckpointsMixin):
     `eval_loss` stays the task's. Statistics are logged beside the loss under `molora/`; those of each linear are kept
     in the checkpoint's `trainer_state.json`. Experts that die and routers that collapse are warned of, once each.
 
-    Balancing biases, controlled coefficients and `routing_schedules` of the configs are kept up by callbacks. A
-    resumed training is the same training, as far as it depends on the trainer.
+    Balancing biases, steered thresholds, controlled coefficients and `routing_schedules` of the configs are kept up by
+    callbacks. Routers that start from data are calibrated before the first step, and learn at `router_lr_ratio` times
+    the learning rate. A resumed training is the same training, as far as it depends on the trainer.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -54,6 +62,10 @@ class RoutingLossMixin(RoutingColumnsMixin, WholeCheckpointsMixin):
         self._moving: dict[str, float] = {}
         trainer.add_callback(self._control)
         trainer.add_callback(RoutingScheduleCallback())
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        refuse_to_move_thresholds(self)
+        return super()._prepare_for_training(*args, **kwargs)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -137,9 +149,10 @@ class RoutingLossMixin(RoutingColumnsMixin, WholeCheckpointsMixin):
         }
 
     def _check_not_missing(self, adapter: str, losses: Mapping[str, Any]) -> None:
-        balances = getattr(self.model.peft_config[adapter], "balance_bias_rate", None) is not None
-        if losses or balances:
-            what = "routing_losses" if losses else "balance_bias_rate"
+        steering = ("balance_bias_rate", "experts_per_token")
+        set_ = [name for name in steering if getattr(self.model.peft_config[adapter], name, None) is not None]
+        if losses or set_:
+            what = "routing_losses" if losses else set_[0]
             raise RuntimeError(
                 f"{what} of adapter {adapter!r} found no routing decision that carries a gradient. With gradient "
                 'checkpointing set gradient_checkpointing_kwargs={"use_reentrant": False}; otherwise the loss was '
@@ -219,6 +232,7 @@ class RoutingLossMixin(RoutingColumnsMixin, WholeCheckpointsMixin):
         self._metrics_of_routing.continue_from(state["routing"], trainer.args.device, first)
         if self._resumed_from is not None and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
             restore_frozen(trainer.model, self._resumed_from)
+            restore_statistics(trainer.model, self._resumed_from)
 
     def _warn(self, tallies: Mapping[str, RoutingTally]) -> None:
         if not self.is_world_process_zero():

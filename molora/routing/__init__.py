@@ -12,12 +12,25 @@ from molora.routing.route import (
     route,
     second_view,
 )
-from molora.routing.routers import ROUTER_INITS, ROUTERS, ROWS, Router, RouterInput, RouterSize, reads
+from molora.routing.routers import (
+    DATA_INITS,
+    NORMS,
+    ROUTER_INITS,
+    ROUTERS,
+    ROWS,
+    Affine,
+    Router,
+    RouterInput,
+    RouterSize,
+    reads,
+)
 from molora.routing.selection import SELECTIONS, SELECTIONS_OF_FIELD
 from molora.routing.weights import WEIGHTS
 
 __all__ = [
+    "DATA_INITS",
     "GATES",
+    "NORMS",
     "NO_EXTRAS",
     "ROUTERS",
     "ROUTER_INITS",
@@ -26,6 +39,7 @@ __all__ = [
     "SELECTIONS_OF_FIELD",
     "SUMS_TO_ONE",
     "WEIGHTS",
+    "Affine",
     "BalanceBias",
     "Blend",
     "Recomputed",

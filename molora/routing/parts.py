@@ -2,36 +2,48 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from molora.routing.precision import promote
+from molora.routing.routers.affine import Affine
 from molora.routing.routers.base import linear, parameter, uniform_
 
 
-class ThresholdNet(nn.Module):
+class ThresholdNet(Affine):
     """One threshold logit per token, with bias (AdaMoLE, arXiv 2405.00361, eq. 5).
 
     Args:
         in_features: Size of the input.
+        norm: What is done to the input first, as for the router.
     """
 
-    def __init__(self, in_features: int) -> None:
-        super().__init__()
-        self.weight = parameter(1, in_features)
-        self.bias = parameter(1)
+    def __init__(self, in_features: int, norm: str = "none") -> None:
+        super().__init__(1, in_features, bias=True, norm=norm)
 
     def forward(self, x: Tensor | None, product: Tensor | None = None) -> Tensor:
         """Map `[..., in]` to threshold logits `[..., 1]`; with `x Wᵀ` given, `product`, only the bias is added."""
+        offset = self.offset()
+        assert offset is not None
         if product is not None:
-            return product + self.bias
+            return product + offset
         assert x is not None
-        return linear(x, self.weight, self.bias)
+        return linear(x, self.rows(), offset)
 
-    def reset_parameters(self) -> None:
-        """Draw as `nn.Linear` would: weight and bias uniform in ±1/√in."""
+    def reset_parameters(self, start: float | None = None) -> None:
+        """Draw as `nn.Linear` would: weight and bias uniform in ±1/√in.
+
+        Args:
+            start: Share of the largest threshold, in (0, 1), at which that of every token starts instead.
+        """
+        assert self.bias is not None
+        if start is not None:
+            nn.init.zeros_(self.weight)
+            nn.init.constant_(self.bias, math.log(start / (1 - start)))
+            return
         uniform_(self.weight, self.weight.shape[1])
         uniform_(self.bias, self.weight.shape[1])
 

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from molora.routing.routers.base import ROUTER_INITS, ROWS, Router, RouterInput, RouterSize
+from molora.routing.routers.affine import NORMS, Affine
+from molora.routing.routers.base import (
+    DATA_INITS,
+    ROUTER_INITS,
+    ROWS,
+    Router,
+    RouterInput,
+    RouterSize,
+)
 from molora.routing.routers.by_input import (
     ArrowRouter,
     CosineRouter,
@@ -50,4 +58,15 @@ def reads(router: str) -> frozenset[str]:
     return frozenset() if kind is None else frozenset(kind.reads.split("+")) - {"nothing"}
 
 
-__all__ = ["ROUTERS", "ROUTER_INITS", "ROWS", "Router", "RouterInput", "RouterSize", "reads"]
+__all__ = [
+    "DATA_INITS",
+    "NORMS",
+    "ROUTERS",
+    "ROUTER_INITS",
+    "ROWS",
+    "Affine",
+    "Router",
+    "RouterInput",
+    "RouterSize",
+    "reads",
+]

@@ -25,6 +25,7 @@ class RouterSize:
         num_tasks: Number of tasks, for routers that read them.
         num_splits: Logit vectors per task, for `table`.
         bias: Whether the logits have a bias.
+        norm: What is done to the input first, one of `NORMS`.
     """
 
     in_features: int
@@ -33,6 +34,7 @@ class RouterSize:
     num_tasks: int = 1
     num_splits: int = 1
     bias: bool = False
+    norm: str = "none"
 
 
 @dataclass(frozen=True)
@@ -125,11 +127,30 @@ def uniform_(weight: Tensor, fan_in: int) -> None:
     nn.init.uniform_(weight, -bound, bound)
 
 
+SHARPNESS = 10.0
+"""Length of a router's row drawn as a direction, times √in."""
+
+
+def directions_(weight: Tensor) -> None:
+    """Draw rows of random direction."""
+    nn.init.normal_(weight)
+    with torch.no_grad():
+        weight.copy_(F.normalize(weight, dim=-1) * (SHARPNESS / math.sqrt(weight.shape[-1])))
+
+
 ROUTER_INITS: dict[str, Callable[[Tensor, float], object]] = {
     "kaiming_uniform": lambda weight, std: uniform_(weight, weight.shape[-1]),
     "normal": lambda weight, std: nn.init.normal_(weight, std=std),
     "zeros": lambda weight, std: nn.init.zeros_(weight),
     "ones": lambda weight, std: nn.init.ones_(weight),
+    "orthogonal": lambda weight, std: nn.init.orthogonal_(weight, SHARPNESS / math.sqrt(weight.shape[-1])),
+    "directions": lambda weight, std: directions_(weight),
+    "prototypes": lambda weight, std: directions_(weight),
+    "clusters": lambda weight, std: directions_(weight),
 }
 """`kaiming_uniform` is the default of `nn.Linear`: uniform in ±1/√in. `ones` is for `router: static`, whose logits are
-equal otherwise too."""
+equal otherwise too. `orthogonal` and `directions` have rows of length 10/√in, so that logits of a standardised input
+are about ten times a cosine. Those of `DATA_INITS` start so too, and are replaced when data is seen."""
+
+DATA_INITS = ("prototypes", "clusters")
+"""Those that need data, see `molora.calibration`."""

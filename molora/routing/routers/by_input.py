@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from molora.routing.precision import full_precision, promote
+from molora.routing.routers.affine import Affine
 from molora.routing.routers.base import ROUTER_INITS, Router, RouterInput, RouterSize, linear, parameter, uniform_
 
 
@@ -18,22 +19,21 @@ def _features(given: RouterInput) -> Tensor:
     return promote(given.x)
 
 
-class LinearRouter(Router):
-    """One logit per expert, `logits = x Wᵀ (+ b)`."""
+class LinearRouter(Affine, Router):
+    """One logit per expert, `logits = x Wᵀ (+ b)`, of the input as it is or normalised by constant statistics."""
 
     has_rows: ClassVar[bool] = True
     takes_product: ClassVar[bool] = True
 
     def __init__(self, size: RouterSize) -> None:
-        super().__init__()
-        self.weight = parameter(size.num_experts, size.in_features)
-        self.bias = parameter(size.num_experts) if size.bias else None
+        super().__init__(size.num_experts, size.in_features, size.bias, size.norm)
 
     def logits(self, given: RouterInput) -> Tensor:
         """Map `[..., in]` to `[..., E]`."""
+        offset = self.offset()
         if given.product is not None:
-            return given.product if self.bias is None else given.product + self.bias
-        return linear(_features(given), self.weight, self.bias)
+            return given.product if offset is None else given.product + offset
+        return linear(_features(given), self.rows(), offset)
 
     def reset_parameters(self, init: str, init_range: float) -> None:
         """Draw the rows as asked; a bias starts as `nn.Linear`'s does, or at zero with `zeros`."""

@@ -1,0 +1,141 @@
+"""Score rows teacher-forced, and look at the routing of rows; each in large batches of similar length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from benchmarks.quality.data import Batch, Item
+from benchmarks.quality.routing import Sums, summary, sums_of
+from benchmarks.quality.training import Place, answer_losses
+from molora.likelihood import Prompted, log_likelihoods
+from molora.routing.inputs import routing_inputs, scopes
+from molora.routing.masks import prompt_of_labels
+from molora.routing.record import record_routing
+from molora.routing.stacked import stack_records
+
+TOKENS = {"cpu": 2048, "cuda": 8192}
+"""Tokens of a batch, padding included."""
+
+
+def score(
+    model: PeftModel, tasks: Sequence[Sequence[Item]], place: Place, *, experts: int = 0, choices: bool = True
+) -> list[dict[str, list[Any]]]:
+    """Score the rows of each task.
+
+    Args:
+        model: An adapted model in evaluation mode.
+        tasks: Rows by task; a task may have none.
+        place: Where to run.
+        experts: Experts of an arm whose rows name their own expert by the task; else 0.
+        choices: Also choose among the choices of rows that have some.
+
+    Returns:
+        For each task lists over its rows: `nll`, the summed loss of the answer; `tokens` of the answer; `exact`, 1 if
+        every one of them is what the model would have written after those before; `choice`, 1 if the right choice is
+        likeliest, None where nothing is chosen.
+    """
+    items = [item for rows in tasks for item in rows]
+    nll, tokens, exact = [0.0] * len(items), [0] * len(items), [0] * len(items)
+    with torch.no_grad(), place.precision():
+        for batch in _batches(items, TOKENS[place.device]):
+            given = place.batch([items[at] for at in batch], experts)
+            with _routed(model, given):
+                losses, known, right = answer_losses(model, given)
+            columns = (losses.sum(dim=1), known.sum(dim=1), right.sum(dim=1))
+            for at, loss, count, hits in zip(batch, *(column.tolist() for column in columns), strict=True):
+                nll[at], tokens[at], exact[at] = round(loss, 6), count, int(hits == count)
+        chosen = [_chosen(model, rows, place, experts) if choices else [None] * len(rows) for rows in tasks]
+    scored: list[dict[str, list[Any]]] = []
+    start = 0
+    for rows, picks in zip(tasks, chosen, strict=True):
+        own = slice(start, start + len(rows))
+        scored.append({"nll": nll[own], "tokens": tokens[own], "exact": exact[own], "choice": picks})
+        start += len(rows)
+    return scored
+
+
+def _chosen(model: PeftModel, rows: Sequence[Item], place: Place, experts: int) -> list[int | None]:
+    """Whether the likeliest choice of each row is the right one."""
+    asked = [at for at, item in enumerate(rows) if item.choices]
+    result: list[int | None] = [None] * len(rows)
+    if not asked:
+        return result
+    prompted = [
+        Prompted(list(rows[at].prompt), [list(ids) for ids in rows[at].choices], rows[at].scores(experts))
+        for at in asked
+    ]
+    batch_size = 128 if place.device == "cuda" else 16
+    found = log_likelihoods(model, place.pad, prompted, batch_size, lambda _: None, rows[asked[0]].task)
+    for at, values in zip(asked, found, strict=True):
+        item = rows[at]
+        if item.by_length:
+            values = [value / len(ids) for value, ids in zip(values, item.choices, strict=True)]
+        result[at] = int(values.index(max(values)) == item.label)
+    return result
+
+
+def routing_of(
+    model: PeftModel, tasks: Sequence[Sequence[Item]], place: Place, *, experts: int = 0
+) -> dict[str, dict[str, float]] | None:
+    """Figures of the routing of rows, by linear and as `mean`; None if nothing is routed.
+
+    Args:
+        model: An adapted model in evaluation mode.
+        tasks: Rows by task.
+        place: Where to run.
+        experts: As in `score`.
+    """
+    found: dict[tuple[str, ...], Sums] = {}
+    with torch.no_grad(), place.precision():
+        for task, rows in enumerate(tasks):
+            for batch in _batches(rows, TOKENS[place.device] // 2):
+                given = place.batch([rows[at] for at in batch], experts)
+                labels = given["labels"]
+                with record_routing(model, labels=labels) as records, _routed(model, given):
+                    answer_losses(model, given)
+                for stack in stack_records(records):
+                    if stack.num_experts > 1:
+                        sums = sums_of(stack, labels >= 0, task, len(tasks))
+                        found[stack.layers] = found[stack.layers] + sums if stack.layers in found else sums
+    return summary(found) or None
+
+
+def _routed(model: PeftModel, batch: dict[str, Tensor]) -> AbstractContextManager[None]:
+    """A block in which the layers find the routing columns of a batch."""
+    if not scopes(model):
+        return nullcontext()
+    return routing_inputs(
+        model,
+        task_ids=batch["task_ids"],
+        expert_scores=batch.get("expert_scores"),
+        prompt_mask=prompt_of_labels(batch["labels"], batch["attention_mask"]),
+    )
+
+
+def _batches(items: Sequence[Item] | Batch, tokens: int) -> Iterator[list[int]]:
+    """Indices of items of similar length, with at most so many tokens a batch, or one item."""
+    batch: list[int] = []
+    for at in sorted(range(len(items)), key=lambda at: items[at].length, reverse=True):
+        if batch and items[batch[0]].length * (len(batch) + 1) > tokens:
+            yield batch
+            batch = []
+        batch.append(at)
+    if batch:
+        yield batch
+
+
+def task_losses(scored: Sequence[dict[str, list[Any]]]) -> list[float | None]:
+    """Mean loss of an answer token, for each task; None for one without rows."""
+    return [sum(task["nll"]) / sum(task["tokens"]) if task["tokens"] else None for task in scored]
+
+
+def mean_loss(scored: Sequence[dict[str, list[Any]]]) -> float:
+    """Mean of the tasks' losses, over those that have rows."""
+    known = [loss for loss in task_losses(scored) if loss is not None]
+    return sum(known) / len(known)
