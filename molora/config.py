@@ -131,7 +131,9 @@ class MoLoraConfig(PeftConfig):
     top_p: float | None = _field(None, "Probability kept by `selection: top_p`. Default 0.8.")
     threshold: float | None = _field(None, "Least probability kept by `selection: threshold`. Default 1/num_experts.")
     max_threshold: float | None = _field(
-        None, "Upper limit of the threshold learned by `selection: adaptive_threshold`. Default 1/num_experts."
+        None,
+        "Upper limit of the threshold learned by `selection: adaptive_threshold`. Default 1/num_experts, or "
+        "1/experts_per_token where that is more.",
     )
     threshold_start: float | None = _field(
         None, "Share of `max_threshold` at which learned thresholds start, for all tokens. Default: drawn, about half."

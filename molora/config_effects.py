@@ -83,11 +83,13 @@ def without_effect(config: Config) -> Iterator[Problem]:
 def _untrained(config: Config) -> Iterator[Problem]:
     """Parameters that would never get a gradient."""
     trains = config.router not in _WITHOUT_PARAMETERS and not config.freeze_router
-    if config.selection == "adaptive_threshold" and config.weights not in (None, "probability_minus_threshold"):
+    steered = config.experts_per_token is not None  # by the counts of a step, which needs no gradient
+    of_level = config.weights in (None, "probability_minus_threshold")
+    if config.selection == "adaptive_threshold" and not of_level and not steered:
         yield Problem(
             "weights",
             f"{config.weights!r} gives the threshold of 'adaptive_threshold' no gradient; leave it out, or set "
-            "selection='threshold'.",
+            "experts_per_token, which moves thresholds without one.",
         )
     elif trains and config.weights == "one" and not config.routing_losses:
         yield Problem(

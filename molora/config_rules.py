@@ -141,6 +141,15 @@ def _check_router(config: Config) -> Iterator[Problem]:
         yield Problem("router_level", "'sequence' is not defined for router='recurrent'.")
     if config.router_init in DATA_INITS and config.router_norm == "none":
         yield Problem("router_init", f"{config.router_init!r} is made from data; set router_norm='standardize'.")
+    wanted = config.experts_per_token
+    if wanted is not None and wanted >= fewest:
+        yield Problem("experts_per_token", f"got {wanted:g} of {fewest} experts (`num_experts`); set fewer.")
+    elif wanted is not None and config.max_threshold is not None and config.max_threshold < 1 / wanted:
+        yield Problem(
+            "max_threshold",
+            f"{config.max_threshold:g} may keep more than {wanted:g} experts however high thresholds are; set "
+            f"{1 / wanted:g} or more, or leave it out.",
+        )
     choices = fewest + config.null_experts
     if config.router_confidence is not None and config.router_confidence <= 1 / choices:
         yield Problem(
@@ -282,7 +291,7 @@ def advice(config: Config) -> Iterator[str]:
     """Sentences about choices that work but rarely as meant."""
     level = {"threshold": config.threshold, "adaptive_threshold": config.max_threshold}.get(config.selection)
     even = 1 / fewest_experts(config)
-    if config.gate == "softmax" and level is not None and level > even:
+    if config.gate == "softmax" and level is not None and level > even and config.experts_per_token is None:
         name = "threshold" if config.selection == "threshold" else "max_threshold"
         yield (
             f"{name}={level:g} is above 1/num_experts = {even:g}: a token whose probabilities are "

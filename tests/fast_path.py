@@ -7,6 +7,7 @@ import torch
 from peft import get_peft_model
 
 from molora import MoLoraConfig
+from molora.calibration import calibrate_routers, needs_calibration
 from molora.kernels import dispatch
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -26,6 +27,9 @@ CHOICES = {
     "temperature": {"temperature": 0.5, **TOP_2},
     "router with bias": {"router_bias": True, **TOP_2},
     "balancing bias": {"balance_bias_rate": 0.1, **TOP_2},
+    "standardised input": {"router_norm": "standardize", **TOP_2},
+    "centred input, bias": {"router_norm": "center", "router_bias": True, **TOP_2},
+    "standardised input, threshold": {"router_norm": "standardize", "router_sharing": "input"},
     "plain LoRA": {"num_experts": 1, "router": "none", "selection": "dense"},
     "rank one": {"r": 1, "num_experts": 6, **TOP_2},
     "unequal ranks": {"r": [1, 3, 2, 5], **TOP_2},
@@ -49,7 +53,10 @@ def adapted(dtype=torch.float64, base=None, **fields):
     """A tiny model with an adapter that changes its output."""
     torch.manual_seed(0)
     config = {"r": 3, "num_experts": 4, "target_modules": TARGETS, "init_weights": False, **fields}
-    return get_peft_model(base or tiny.tiny_llama(), MoLoraConfig(**config)).to(dtype)
+    model = get_peft_model(base or tiny.tiny_llama(), MoLoraConfig(**config)).to(dtype)
+    if needs_calibration(model):
+        calibrate_routers(model, [{"input_ids": IDS}])
+    return model
 
 
 def results(model, kernels, monkeypatch, ids=IDS, **inputs):

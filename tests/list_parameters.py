@@ -31,7 +31,12 @@ COMPOSED = METHODS["composed from trained LoRAs"]
 WIDTH = 119
 
 ROUTERS = {
-    "linear": {"weight": ("L, f", "one row a logit"), "bias": ("L", "added to the logits")},
+    "linear": {
+        "weight": ("L, f", "one row a logit"),
+        "bias": ("L", "added to the logits"),
+        "input_mean": ("f", "mean μ of the features, fp32"),
+        "input_std": ("f", "their deviation σ, fp32"),
+    },
     "arrow": {"weight": ("L, f", "prototypes")},
     "prototype": {"weight": ("L, f", "gate vectors `v_e`")},
     "mlp": {
@@ -61,6 +66,8 @@ ROUTERS = {
 PARTS = {
     "molora_threshold.weight": ("1, f", "threshold net"),
     "molora_threshold.bias": ("1", "its bias"),
+    "molora_threshold.input_mean": ("f", "mean μ of the features, fp32"),
+    "molora_threshold.input_std": ("f", "their deviation σ, fp32"),
     "molora_blend.token": ("1", "θ, share of the router"),
     "molora_blend.output": ("1", "φ, factor of what is added"),
     "molora_bias.weight": ("L", "balancing bias β, fp32, moved by trainers"),

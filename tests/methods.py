@@ -13,9 +13,11 @@ from transformers import Qwen2MoeForCausalLM as Qwen2Moe
 
 from molora import MoLoraConfig
 from molora.bank import MoLoraLayer
+from molora.calibration import calibrate_routers, needs_calibration
 
 UNEQUAL = {"num_experts": 4, "r": [2, 3, 1, 4]}
 SETTINGS = {
+    "recommended": {"num_experts": 4, "r": 3},
     "adamole": {"num_experts": 4, "max_threshold": 0.24},
     "mole": {"num_experts": 4},
     "loramoe": {},
@@ -104,6 +106,8 @@ def build(preset, kind="llama", seed=7, **overrides):
         if "molora_" in name and not any(part in name for part in banks) and preset != "selma":
             std = 0.01 if "molora_blend" in name else 0.5
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * std)
+    if needs_calibration(model):
+        calibrate_routers(model, [{"input_ids": tokens(rows=8, length=9, seed=seed)}])
     return model
 
 

@@ -140,6 +140,20 @@ def test_plan_shows_what_would_happen_and_writes_nothing(run_file, tmp_path, cap
     assert not (tmp_path / "out").exists()
 
 
+def test_plan_says_on_how_many_rows_routers_will_be_calibrated(run_file, capsys):
+    for rows, expected in ((96, 12), (5, 5)):
+        assert molora_cli.main(["plan", run_file(preset="recommended", calibration_rows=rows)]) == 0
+        assert f"Routers start from {expected} training rows" in capsys.readouterr().out
+    assert molora_cli.main(["train", run_file(preset="recommended", max_steps=1)]) == 0
+    capsys.readouterr()
+    assert molora_cli.main(["inspect", "out"]) == 0
+    assert "linear, input standardised" in " ".join(capsys.readouterr().out.split())
+    assert molora_cli.main(["plan", run_file(preset=None, adapter_name_or_path="out", output_dir="next")]) == 0
+    printed = capsys.readouterr().out
+    assert "router_norm: standardize" in printed
+    assert "Routers start" not in printed, "they were calibrated already"
+
+
 def _empty(tmp_path):
     (tmp_path / "colour.train.jsonl").write_text("")
 
@@ -382,6 +396,11 @@ SHOWN = {
     "mor1e": ({}, ["expert_scores, 32 a row"], ["blends of router and scores"]),
     "mor1e-pairs": ({"num_experts": 6, "r": [2, 3]}, ["6 from 2 rows of A and 3 columns of B", "pairs"], []),
     "smora": ({}, [], ["balancing biases"]),
+    "recommended": (
+        {},
+        ["linear, input to be standardised, not calibrated yet", "top_k (k = 2)", "every token by itself"],
+        ["balancing biases", "statistics of what routers read"],
+    ),
     "smear": ({}, ["one decision a sequence", "every sequence by itself"], []),
 }
 

@@ -15,7 +15,7 @@ FFN = {"mixlora", "mixlora-dynamic"}
 SUM_TO_ONE = [
     "mole", "loramoe", "mola", "sira", "molora", "hydralora", "adamoe", "pmoe", "smora", "hmoe", "moelora", "mocle",
     "polytropon", "polytropon-mhr", "static", "x-lora", "arrow", "phatgoose", "glider", "lora-bank", "selma",
-    "adamole",
+    "adamole", "recommended",
 ]  # fmt: skip
 RAW = ["perft", "aoe", "self-moe", "mora-cl"]  # probabilities as they are: one expert alone has all of it
 
@@ -38,6 +38,9 @@ def router_state(name, count, width):
         shapes = {"weight_in": (6, 7), "bias_in": (6,), "weight": (count, 6), "bias": (count,)}
         return {f"molora_router.{key}": normal(*shape) for key, shape in shapes.items()}
     state = {"molora_router.weight": normal(count, width)}
+    if name == "recommended":
+        statistics = {"bias": normal(count), "input_mean": normal(width), "input_std": normal(width).abs() + 0.1}
+        state |= {f"molora_router.{key}": value for key, value in statistics.items()}
     if name == "smear":
         state |= {"molora_router.bias": normal(count)}
         state |= {f"molora_router.{key}": normal(width) for key in ("input_scale", "weight_scale")}
@@ -63,7 +66,7 @@ def case(name, experts=3, rank=2, seed=0, **settings):
     state |= router_state(name, routed, D)
     state |= {"molora_threshold.weight": normal(1, D), "molora_threshold.bias": normal(1)}
     state |= {"molora_blend.token": normal(1) / 100, "molora_blend.output": normal(1) / 100}
-    if name in ("smora", "flylora"):
+    if name in ("smora", "flylora", "recommended"):
         state["molora_bias.weight"] = 0.1 * normal(count).abs()
     if name == "smear":
         state["molora_A.bias"] = normal(total)
@@ -327,6 +330,10 @@ def whole_tensor_weights(name, state, x, inputs):
     if name == "flylora":
         activation = x @ a.T
         return only_top(torch.ones_like(activation), 2, (activation + state["molora_bias.weight"]).abs())
+    if name == "recommended":
+        normalised = (x - state["molora_router.input_mean"]) / state["molora_router.input_std"]
+        shares = torch.nn.functional.linear(normalised, router, state["molora_router.bias"]).div(0.5).softmax(-1)
+        return unit_sum(only_top(shares, 2, shares + state["molora_bias.weight"]))
     if name == "mora-cl":
         signal = torch.nn.functional.normalize(x @ a.T, dim=-1)
         return only_top((signal / 0.5).softmax(-1), 2) * (signal >= 0.2)
@@ -338,7 +345,9 @@ def whole_tensor_weights(name, state, x, inputs):
     return unit_sum(only_top((logits / 0.5).softmax(-1), 2))
 
 
-@pytest.mark.parametrize("name", ["adamole", "arrow", "smora", "flylora", "mora-cl", "aoe", "phatgoose", "glider"])
+@pytest.mark.parametrize(
+    "name", ["recommended", "adamole", "arrow", "smora", "flylora", "mora-cl", "aoe", "phatgoose", "glider"]
+)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_token_loops_agree_with_whole_tensors(name, seed):
     settings = {"max_threshold": 0.3, "top_k": 2, "min_logit": 0.2, "score_weight": 0.5}

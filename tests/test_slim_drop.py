@@ -35,6 +35,9 @@ DROPPED = {
     "constant": ("psec", {}, [3]),
     "a balancing bias": ("molora", {"balance_bias_rate": 1e-3, "selection": "top_k"}, [1]),
     "cosine": ("molora", {"router": "cosine"}, [1]),
+    "statistics of data": ("recommended", {}, [1]),
+    "statistics, adaptive threshold": ("adamole", {"router_norm": "standardize"}, [2]),
+    "statistics, one weight for all": ("self-moe", {"router_norm": "center"}, [0]),
 }
 
 

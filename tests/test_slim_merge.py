@@ -35,6 +35,9 @@ TWINS = {
     "whole blocks": ("mixlora", {**DENSE}),
     "scale by the total rank": ("molora", {**DENSE, "scale_by": "total"}),
     "frozen experts": ("molora", {**DENSE, "frozen_experts": 2}),
+    "statistics of data": ("recommended", {**DENSE}),
+    "statistics, without a bias": ("molora", {**DENSE, "router_norm": "standardize"}),
+    "means of data": ("molora", {**DENSE, "router_norm": "center", "router_bias": True, "temperature": 2.0}),
 }
 """Preset and overrides under which twins may become one without a change."""
 

@@ -12,6 +12,7 @@ from peft.utils import CONFIG_NAME
 from transformers import TrainerCallback
 
 from molora.errors import MoloraError
+from molora.routing.find import adapted_modules
 from molora.routing.schedules import schedule_problems, scheduled_value
 
 
@@ -80,8 +81,8 @@ def set_routing(model: Any, adapter: str, values: Mapping[str, Any]) -> None:
         adapter: Name of the adapter.
         values: Fields that `RoutingSpec` and `MoLoraConfig` share.
     """
-    for module in model.modules():
-        specs = getattr(module, "molora_spec", {})
+    for _, module in adapted_modules(model):
+        specs = module.molora_spec
         if adapter in specs:
             specs[adapter] = replace(specs[adapter], **values)
     for field, value in values.items():

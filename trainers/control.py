@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from molora.errors import MoloraError
 from molora.losses import ADAPTIVE, adapted_coefficients, coefficient_at, next_coefficient, settings_of
 from molora.routing.balance import balanced_bias, steered_threshold
+from molora.routing.find import adapted_modules
 from molora.routing.stacked import StackedRouting
 from molora.trainers.callbacks import trained_adapters
 from molora.trainers.counts import Key, LinearCounts, StepCounts
@@ -172,10 +173,9 @@ def _move_biases(model: Any, adapter: str, rate: float, counts: Mapping[Key, Lin
 
 def _biases(model: Any, adapter: str) -> Iterator[tuple[str, Tensor]]:
     """Name of the linear and its bias."""
-    for name, module in model.named_modules():
-        held = getattr(module, "molora_bias", None)
-        if held is not None and adapter in held:
-            yield name, held[adapter].weight
+    for name, module in adapted_modules(model):
+        if adapter in module.molora_bias:
+            yield name, module.molora_bias[adapter].weight
 
 
 def _move_thresholds(model: Any, adapter: str, wanted: float, counts: Mapping[Key, LinearCounts]) -> None:
@@ -189,10 +189,9 @@ def _move_thresholds(model: Any, adapter: str, wanted: float, counts: Mapping[Ke
 
 def _thresholds(model: Any, adapter: str) -> Iterator[tuple[str, Tensor]]:
     """Name of the linear and the bias of its threshold net."""
-    for name, module in model.named_modules():
-        held = getattr(module, "molora_threshold", None)
-        if held is not None and adapter in held:
-            yield name, held[adapter].bias
+    for name, module in adapted_modules(model):
+        if adapter in module.molora_threshold:
+            yield name, module.molora_threshold[adapter].bias
 
 
 def refuse_to_move_thresholds(trainer: Any) -> None:

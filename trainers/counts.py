@@ -10,6 +10,7 @@ import torch
 from accelerate.utils import reduce
 from torch import Tensor
 
+from molora.routing.find import adapted_modules
 from molora.routing.stacked import StackedRouting
 from molora.routing.statistics import selection_counts
 
@@ -104,7 +105,7 @@ def _add(held: dict[Key, Tensor], key: Key, value: Tensor) -> None:
 def _routed_linears(model: Any, adapters: Iterable[str]) -> Iterator[tuple[Key, tuple[int, int]]]:
     """The linears whose decisions are recorded, in the order of the model: all experts, and the null ones of them."""
     for adapter in adapters:
-        for name, module in model.named_modules():
-            plan = getattr(module, "molora_plan", {}).get(adapter)
+        for name, module in adapted_modules(model):
+            plan = module.molora_plan.get(adapter)
             if plan is not None and plan.reads:
                 yield (adapter, name), (plan.num_experts + plan.spec.null_experts, plan.spec.null_experts)

@@ -54,7 +54,9 @@ class Session:
         """Do what has not been done yet, and give the results there are of each arm, in order."""
         files = {job.file(self.work.runs, self.work.bench): job for job in jobs}
         todo = [(file, job) for file, job in files.items() if not file.exists()]
-        todo.sort(key=lambda pair: pair[1].cost(self.work.bench), reverse=True)
+        # Seed by seed, so that what an interruption leaves can be compared; within a seed the longest first.
+        order = list(dict.fromkeys(job.seed for job in jobs))
+        todo.sort(key=lambda pair: (order.index(pair[1].seed), -pair[1].cost(self.work.bench)))
         if self.given.report_only:
             self.missing += [file.stem for file, _ in todo]
         elif todo:

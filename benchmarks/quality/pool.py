@@ -47,12 +47,10 @@ def work(connection: Connection, given: Work) -> None:
     torch.set_num_threads(1)
     disable_progress_bar()
     from benchmarks.quality.jobs import run_job, write_result
-    from benchmarks.quality.training import Place
-    from molora.base import load_base
+    from benchmarks.quality.training import Place, load_frozen
 
     place = Place(given.bench.device, given.bench.dtype, given.pad)
-    base: Any = load_base(given.bench.model, dtype=getattr(torch, given.bench.dtype))[0]
-    base.requires_grad_(False).to(device=place.device)
+    base = load_frozen(given.bench.model, place)
     while (job := connection.recv()) is not None:
         try:
             result = run_job(job, given.bench, base, given.rows, place)
@@ -72,13 +70,16 @@ class Pool:
         given: What each gets.
         size: How many.
         target: What each does.
-        start: How they are started. CUDA needs new ones.
+        start: How they are started. CUDA needs processes that did not use it before; those of `forkserver` share
+            what was imported, which takes longer than some runs do.
     """
 
-    def __init__(self, given: Any, size: int, target: Target = work, start: str = "spawn") -> None:
+    def __init__(self, given: Any, size: int, target: Target = work, start: str = "forkserver") -> None:
         self._given, self._size, self._target = given, size, target
         self._workers: list[tuple[Any, Connection]] = []
         self._context: Any = multiprocessing.get_context(start)
+        if start == "forkserver":
+            self._context.set_forkserver_preload(["benchmarks.quality.jobs", "molora.base"])
 
     def run(self, jobs: Sequence[Any], done: Callable[[Any, float, str], None]) -> None:
         """Do all jobs, in their order as processes get free.

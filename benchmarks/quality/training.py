@@ -21,7 +21,9 @@ from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from benchmarks.quality.data import Batch
 from molora import MoLoraConfig
+from molora.base import load_base
 from molora.data import IGNORED, TaskCollator
+from molora.errors import MoloraError
 from molora.trainers.mixin import RoutingLossMixin
 
 WARM_UP = 0.06
@@ -61,6 +63,13 @@ class Place:
         """Items as a batch on the device."""
         collated = self.collator([item.columns(experts) for item in items])
         return {name: value.to(self.device) for name, value in collated.items()}
+
+
+def load_frozen(name: str, place: Place) -> Any:
+    """The base model, frozen and in its place."""
+    # Not sdpa: on a GPU it once left NaN in rows that begin with padding, for a plain LoRA too.
+    base: Any = load_base(name, dtype=getattr(torch, place.dtype), attn_implementation="eager")[0]
+    return base.requires_grad_(False).to(device=place.device)
 
 
 def answer_losses(model: nn.Module, batch: Mapping[str, Tensor], whole: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -172,13 +181,17 @@ def train(
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     model.eval()
-    return [
+    steps = [
         [
             (item.task, nll, tokens)
             for item, nll, tokens in zip(batch, *map(Tensor.tolist, trainer.seen[at]), strict=True)
         ]
         for at, batch in enumerate(batches)
     ]
+    for at, step in enumerate(steps):
+        if not all(math.isfinite(nll) for _, nll, _ in step):
+            raise MoloraError(f"the loss of step {at + 1} is not finite, so the run says nothing.")
+    return steps
 
 
 def _arguments(folder: str, steps: int, place: Place, learning_rate: float, seed: int) -> TrainingArguments:

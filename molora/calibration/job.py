@@ -13,7 +13,7 @@ from molora.calibration.features import Features, collect_features
 from molora.config import MoLoraConfig
 from molora.errors import MoloraError
 from molora.plain.moments import Batch
-from molora.routing import Affine
+from molora.routing import DATA_INITS, Affine
 from molora.routing.start import (
     evening_offsets,
     half_for_answers,
@@ -91,16 +91,16 @@ def calibrate_routers(
             continue
         mean, std = statistics(features.x)
         z = normalized(features.x, mean, std if config.router_norm == "standardize" else None)
-        made: dict[int, tuple[Tensor, Tensor]] = {}  # siblings with as many experts start alike
+        made: dict[int, tuple[Tensor, Tensor]] = {}  # what is made from the same data need not be made again
         for layer in layers:
             router = layer.molora_router[adapter_name]
             for net in (router, _threshold(layer, adapter_name)):
                 if net is not None:
                     net.set_statistics(mean, std)
-            experts = router.weight.shape[0]
-            if experts not in made:
-                made[experts] = _start(config, router, z, features, layer.molora_spec[adapter_name].top_k, seed)
-            rows, offsets = made[experts]
+            number = router.weight.shape[0]
+            if number not in made or config.router_init not in DATA_INITS:
+                made[number] = _start(config, router, z, features, layer.molora_spec[adapter_name].top_k, seed)
+            rows, offsets = made[number]
             router.weight.copy_(rows)
             if router.bias is not None:
                 router.bias.copy_(offsets)

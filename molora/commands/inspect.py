@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from molora.adapters import read_adapter_config, read_adapter_tensors
 from molora.commands.needs import reads_scores, reads_tasks, scores_per_row
@@ -29,7 +31,7 @@ def run(directory: str) -> int:
     config = read_adapter_config(directory)
     tensors = read_adapter_tensors(directory)
     console = Console()
-    console.print(_summary(config, known_tasks(directory)))
+    console.print(_summary(config, known_tasks(directory), _is_calibrated(tensors)))
     console.print(_by_module(list(tensors)))
     parameters = Table("parameters", "number", title="Parameters by kind", title_justify="left")
     # The indices of shards are tensors, but no parameters.
@@ -42,7 +44,7 @@ def run(directory: str) -> int:
     return 0
 
 
-def _summary(config: MoLoraConfig, tasks: list[str]) -> Table:
+def _summary(config: MoLoraConfig, tasks: list[str], calibrated: bool) -> Table:
     spec = routing_spec(config)
     limit = {
         "top_k": f" (k = {spec.top_k})",
@@ -59,7 +61,7 @@ def _summary(config: MoLoraConfig, tasks: list[str]) -> Table:
         "frozen experts": f"the first {config.frozen_experts}" if config.frozen_experts else "",
         "layout": config.expert_layout if config.expert_layout != "separate" else "",
         "scope": _SCOPES[config.expert_scope, config.adapter_position],
-        "router": _router(config),
+        "router": _router(config, calibrated),
         "needs": _needs(config, tasks),
         "gate": f"{spec.gate}, temperature {spec.temperature:g}",
         "selection": spec.selection + limit,
@@ -97,8 +99,17 @@ def _experts(config: MoLoraConfig) -> str:
     return f"{len(config.imported_experts)} imported: {names}" + (f"; {further} new {size}" if further > 0 else "")
 
 
-def _router(config: MoLoraConfig) -> str:
+def _is_calibrated(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether routers know the mean of what they read, or need none."""
+    means = [value for name, value in tensors.items() if name.endswith(".input_mean")]
+    return not means or any(bool(value.any()) for value in means)
+
+
+def _router(config: MoLoraConfig, calibrated: bool) -> str:
+    norm = {"center": "centred", "standardize": "standardised"}.get(config.router_norm, "")
     notes = {
+        f"input {norm}": bool(norm) and calibrated,
+        f"input to be {norm}, not calibrated yet": bool(norm) and not calibrated,
         "one decision a sequence": config.router_level == "sequence",
         "reads the base model's features": config.router_input == "base",
         f"sharing: {config.router_sharing}": config.router_sharing != "none",

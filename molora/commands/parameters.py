@@ -20,13 +20,19 @@ KINDS = {
     "threshold": "threshold nets",
     "blend": "blends of router and scores",
     "bias": "balancing biases",
+    "statistics": "statistics of what routers read",
 }
-"""Containers of `MoLoraLayer`, without their `molora_`, and what their parameters are."""
+"""Containers of `MoLoraLayer`, without their `molora_`, and what their parameters are; and one for constants."""
+
+STATISTICS = (".input_mean", ".input_std")
+"""Ends of the names of what `router_norm` normalises by."""
 
 
 def kind_of(name: str) -> str:
     """What a trainable parameter is for, by its checkpoint name."""
     match = re.search(r"\.molora_([^.]+)\.", name)
+    if name.endswith(STATISTICS):
+        return KINDS["statistics"]
     return KINDS.get(match[1], match[1]) if match else "fully trained modules"
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig
 
 from molora.bank import MoLoraLayer
+from molora.calibration import needs_calibration
 from molora.commands.needs import advice_on_tasks
 from molora.commands.parameters import count_by_kind, module_kind
 from molora.commands.session import RunData, adapt, load_skeleton, read_tasks, tokenise, with_existing_adapter
@@ -47,6 +48,9 @@ def run(run_file: RunFile) -> int:
     console.print(_parameters(model))
     console.print(_memory(run_file, model, arguments, data))
     console.print(_datasets(data, arguments))
+    if needs_calibration(model):
+        rows = min(run_file.adapter.calibration_rows, sum(len(task.dataset) for task in data.train))
+        console.print(f"\nRouters start from {rows} training rows, which are looked at before the first step.")
     _preview(console, data, tokenizer, arguments)
     for sentence in advice_on_tasks(run_file, tasks):
         console.print(f"\n{sentence}", highlight=False, markup=False, soft_wrap=True)

@@ -77,7 +77,7 @@ def config_from_adapters(
         # A preset's k is its paper's; with fewer adapters all of them are kept.
         fields.setdefault("top_k", len(loras))
     config = config_cls.from_preset(preset, **fields)
-    problems = [*_inexact(config), *_unequal_ranks(config, loras), *_missing_gates(config, loras)]
+    problems = [*_inexact(config, loras), *_unequal_ranks(config, loras), *_missing_gates(config, loras)]
     if problems:
         raise ConfigError(problems, "adapters that this mixture cannot hold")
     # Beside the fields, so that it is never saved: whoever puts the config on a model finds the weights here.
@@ -130,7 +130,7 @@ def _contradictions(own: dict[str, Any], overrides: dict[str, Any], number: int)
                 yield Problem(field, message)
 
 
-def _inexact(config: Any) -> Iterator[Problem]:
+def _inexact(config: Any, loras: Sequence[ImportedLora]) -> Iterator[Problem]:
     """Yield choices under which an expert would no longer compute what its adapter does."""
     for field, allowed in _EXACT.items():
         value = getattr(config, field)
@@ -142,6 +142,9 @@ def _inexact(config: Any) -> Iterator[Problem]:
             if getattr(config, field) != needed:
                 message = f"got {getattr(config, field)!r}; a router made from the adapters needs {needed!r}."
                 yield Problem(field, message)
+    if config.router_norm != "none" and config.num_experts == 1 and any(lora.gates for lora in loras):
+        message = "the gate that came with the adapter reads its input as it is; set 'none'."
+        yield Problem("router_norm", f"got {config.router_norm!r}; {message}")
 
 
 def _unequal_ranks(config: Any, loras: Sequence[ImportedLora]) -> Iterator[Problem]:

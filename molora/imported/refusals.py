@@ -70,6 +70,7 @@ _GATE_FIELDS: dict[str, tuple[Any, ...]] = {
     "router_level": ("token",),
     "router_sharing": ("none",),
     "router_input": ("module",),
+    "router_norm": ("none",),
     "router_noise": (0, 0.0),
     "logit_norm": (None,),
     "score_weight": (None,),

@@ -1,4 +1,4 @@
-"""Presets: published methods as a few config fields, one file each. The function's docstring says what the method is.
+"""Presets: methods as a few config fields, one file each. The function's docstring says what the method is.
 
 A preset only returns field values; anything else in `MoLoraConfig` keeps its default, and any field may be overridden
 in `MoLoraConfig.from_preset(name, **overrides)`. A new method is one file here and its name in `METHODS`.
@@ -14,6 +14,7 @@ from molora.errors import ConfigError, Problem, one_of
 from molora.routing import SELECTIONS_OF_FIELD
 
 METHODS: dict[str, tuple[str, ...]] = {
+    "our own": ("recommended",),
     "routed by token, whole LoRAs": (
         "adamole",
         "mole",
@@ -104,6 +105,8 @@ def preset_fields(name: str, overrides: dict[str, Any]) -> dict[str, Any]:
         fields = {
             key: value for key, value in fields.items() if selection in SELECTIONS_OF_FIELD.get(key, (selection,))
         }
+        if selection in ("dense", "sparsemixer") and fields.get("weights") != "biased_probability":
+            fields.pop("balance_bias_rate", None)
         if selection == "dense":
             losses = fields.get("routing_losses", {})
             fields["routing_losses"] = {name: value for name, value in losses.items() if name != "load_balancing"}

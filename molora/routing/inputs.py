@@ -5,22 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from molora.errors import MoloraError
+from molora.routing.find import MARK, adapted_modules
 from molora.routing.route import Routing
 from molora.routing.scope import RoutingInputs, RoutingScope
 
-SCOPE = "routing_scope"
-"""A layer class that has this attribute reads the scope found there."""
+SCOPE = MARK
+"""Attribute of an adapted module in which it finds the scope it reads."""
 
 
 def scopes(model: nn.Module) -> list[RoutingScope]:
     """The scopes of the adapted layers of a model; one, unless models were put together."""
-    found = {id(scope): scope for m in model.modules() if (scope := getattr(m, SCOPE, None)) is not None}
+    found = {id(scope): scope for _, m in adapted_modules(model) if (scope := getattr(m, SCOPE)) is not None}
     return list(found.values())
 
 
@@ -68,9 +68,11 @@ def routing_inputs(
 
 def _num_tasks(model: nn.Module) -> int | None:
     """Tasks that the active adapters know, the fewest if they differ; `None` if none of them reads tasks."""
-    layers: list[Any] = [layer for layer in model.modules() if hasattr(layer, SCOPE)]
     plans = [
-        layer.molora_plan[name] for layer in layers for name in layer.active_adapters if name in layer.molora_plan
+        layer.molora_plan[name]
+        for _, layer in adapted_modules(model)
+        for name in layer.active_adapters
+        if name in layer.molora_plan
     ]
     return min((plan.num_tasks for plan in plans if "task" in plan.reads), default=None)
 

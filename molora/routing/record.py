@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from molora.routing.find import adapted_modules
 from molora.routing.masks import TokenMasks, reads_decoder, token_masks
 from molora.routing.route import Routing
 
@@ -221,7 +222,7 @@ def record_routing(
     Yields:
         The list that fills up, one record per linear, active adapter and forward.
     """
-    layers = [(name, module) for name, module in model.named_modules() if hasattr(type(module), RECORDER)]
+    layers = list(adapted_modules(model))
     outer = next((getattr(layer, RECORDER) for _, layer in layers), None)
     recorder = RoutingRecorder(with_grad_only, labels, needs, packed_rows, outer)
     hook = model.register_forward_pre_hook(recorder.note_masks, with_kwargs=True)

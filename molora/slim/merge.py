@@ -21,6 +21,7 @@ from molora.routing import SUMS_TO_ONE
 from molora.slim.adapter import PREFIX, Adapter
 from molora.slim.changes import Slimmed, compared
 from molora.slim.experts import Expert, experts_of, rebuilt
+from molora.slim.fields import start_fields
 from molora.slim.prune import Usage
 from molora.slim.refusals import MERGE, check_slimming, check_smaller
 from molora.slim.rerank import root_of, starts_of, truncated, whitening
@@ -198,7 +199,7 @@ def _fields(config: MoLoraConfig, number: int) -> dict[str, object]:
     routed = config.num_experts if isinstance(config.num_experts, int) else min(config.num_experts)
     all_frozen = bool(config.frozen_experts) and config.frozen_experts == routed + config.shared_experts
     frozen = number + config.shared_experts if all_frozen else 0
-    return {"num_experts": number, "imported_experts": None, "frozen_experts": frozen}
+    return {"num_experts": number, "imported_experts": None, "frozen_experts": frozen, **start_fields(config, number)}
 
 
 def _merges(slim: Slimmed) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from molora.config import MoLoraConfig
 from molora.errors import ConfigError, Problem
 from molora.plan import most_experts, routing_reads
+from molora.slim.fields import start_fields
 
 PRUNE, DROP, RANKS, RERANK, MERGE = "prune experts", "drop experts", "prune ranks", "re-rank experts", "merge experts"
 
@@ -56,6 +57,7 @@ def check_smaller(config: MoLoraConfig, number: int) -> None:
     """
     r = config.r if isinstance(config.r, int) else max(config.r)
     fields = {"num_experts": number, "r": r, "rank_pattern": {}, "frozen_experts": 0, "imported_experts": None}
+    fields |= start_fields(config, number)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what is only unwise is said when it is done
         dataclasses.replace(config, **fields)  # type: ignore[arg-type]  # which mypy checks as one type

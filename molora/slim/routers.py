@@ -44,9 +44,10 @@ def router_of(adapter: Adapter, module: str) -> Router | None:
     kind, state = ROUTERS[adapter.plan(module).router], adapter.part(module, "molora_router")
     if kind is None or not state:
         return None
-    size = RouterSize(1, 1, 1, num_splits=adapter.config.num_splits)
+    size = RouterSize(1, 1, 1, num_splits=adapter.config.num_splits, norm=adapter.config.router_norm)
     router: Any = kind(size)
+    buffers = dict(router.named_buffers())
     for name, value in state.items():
-        setattr(router, name, nn.Parameter(value, requires_grad=False))
+        setattr(router, name, value if name in buffers else nn.Parameter(value, requires_grad=False))
     assert isinstance(router, Router)
     return router

@@ -1,4 +1,4 @@
-"""Slow fp64 references of every published method, written from the papers' equations, not from molora's code.
+"""Slow fp64 references of every method, written from the papers' equations, not from molora's code.
 
 `reference(state, x, base, hyper, inputs) -> y`: `state` holds the fp64 tensors of one adapted module by checkpoint
 name (and those it shares), `x [B, S, in]` the module's input, `base` the frozen module (for mixlora a namespace with
@@ -14,6 +14,7 @@ from collections.abc import Callable
 from . import by_sequence, composed, ffn, rankwise, routed
 
 REFERENCES: dict[str, Callable] = {
+    "recommended": routed.recommended,
     "adamole": routed.adamole,
     "mole": routed.mole,
     "loramoe": routed.loramoe,

@@ -42,6 +42,19 @@ def softmax_top_k(state, x, base, hyper, inputs, *, k, renormalise):
     return mixture(state, x, base, hyper, weigh)
 
 
+def recommended(state, x, base, hyper, inputs):
+    """The library's own: `p = softmax(W (h - μ) / σ + b)`, top-2 of `p + β`, weights `p_i / Σ_selected p`."""
+    mean, deviation = needed(state, "molora_router.input_mean"), needed(state, "molora_router.input_std")
+    balance = needed(state, "molora_bias.weight")
+
+    def weigh(b, t):
+        normalised = (decision_at(x, inputs, b, t) - mean) / deviation
+        probabilities = softmax(linear_logits(state, hyper, normalised))
+        return renormalised(keep(probabilities, top_k(probabilities + balance, setting(hyper, "top_k", 2))))
+
+    return mixture(state, x, base, hyper, weigh)
+
+
 def adamole(state, x, base, hyper, inputs):
     """AdaMoLE (arXiv 2405.00361, eq. 5-7).
 

@@ -109,6 +109,6 @@ class Affine(nn.Module):
         super()._apply(fn, recurse)
         for name, old in before.items():  # 16 bits cannot tell a mean from its features
             new = self._buffers[name]
-            if new is not None and new.dtype != old.dtype and old.dtype == torch.float32:
+            if new is not None and new.dtype.itemsize < old.dtype.itemsize:
                 self._buffers[name] = old.to(new.device)
         return self
