@@ -26,13 +26,15 @@ if MOLORA not in PEFT_TYPE_TO_CONFIG_MAPPING:
     take_routing_keywords()
 
 _HOMES = {
+    "calibrate_routers": "molora.calibration",
     "export_adapter": "molora.export.job",
     "import_adapter": "molora.imported.foreign",
     "slim_adapter": "molora.slim.job",
 }
-"""Functions on whole folders, by the module they are imported from when first asked for: they load base models."""
+"""Functions by the module they are imported from when first asked for: they bring much that few programs need."""
 
 if TYPE_CHECKING:
+    from molora.calibration import calibrate_routers
     from molora.export.job import export_adapter
     from molora.imported.foreign import import_adapter
     from molora.slim.job import slim_adapter
@@ -54,6 +56,7 @@ __all__ = [
     "TargetModulesError",
     "__version__",
     "available_presets",
+    "calibrate_routers",
     "export_adapter",
     "import_adapter",
     "record_routing",

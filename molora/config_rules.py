@@ -157,6 +157,8 @@ def _check_router(config: Config) -> Iterator[Problem]:
             f"got {config.router_confidence:g}, and {choices} experts have {1 / choices:g} each when they are all "
             "alike; set more, such as 0.7.",
         )
+    if config.router_norm != "none" and config.router_sharing == "weights":
+        yield Problem("router_norm", "takes statistics of each module's input; set router_sharing='none' or 'input'.")
     if config.router_norm != "none" and config.router_input == "base":
         yield Problem("router_norm", "reads the input of each module; set router_input='module'.")
     if config.weights == "blend" and config.router == "external":

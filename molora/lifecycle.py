@@ -122,7 +122,19 @@ def fields_without(config: MoLoraConfig, experts: Iterable[int]) -> dict[str, An
         known = config.imported_experts  # routed experts first, then shared ones
         left = [known[index] for index in kept if index < len(known)] + known[number:]
         fields["imported_experts"] = left or None
-    return fields
+    return {**fields, **start_fields(config, len(kept))}
+
+
+def start_fields(config: MoLoraConfig, number: int) -> dict[str, Any]:
+    """The fields that only say how routers started and that so few experts do not allow, left out.
+
+    Args:
+        config: The config before.
+        number: Routed experts that are left.
+    """
+    wanted = config.router_confidence
+    impossible = wanted is not None and wanted <= 1 / (number + config.null_experts)
+    return {"router_confidence": None} if impossible else {}
 
 
 def freeze_router(model: nn.Module, adapter_name: str = "default", frozen: bool = True) -> None:

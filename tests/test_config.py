@@ -263,6 +263,7 @@ def test_overriding_the_selection_of_a_preset_drops_what_only_the_old_one_read()
     config = MoLoraConfig.from_preset("mole", selection="dense")
     assert (config.selection, config.top_k) == ("dense", None)
     assert config.routing_losses == {}, "balancing selections means nothing where all are selected"
+    assert MoLoraConfig.from_preset("recommended", selection="dense").balance_bias_rate is None, "likewise"
     assert routing_spec(MoLoraConfig.from_preset("adamole", selection="top_k")).weights == "probability"
     assert routing_spec(MoLoraConfig.from_preset("mole", selection="adaptive_threshold")).weights != "probability"
 

@@ -19,6 +19,7 @@ from lm_eval.models.huggingface import HFLM
 
 import molora.harness.tasks
 from molora import MoLoraConfig, MoloraError, loaded
+from molora.calibration import calibrate_routers, needs_calibration
 from molora.commands import evaluate as command
 from molora.data import TaskData, encode_parts, load_tasks
 from molora.evaluation import score_tasks
@@ -63,11 +64,15 @@ def tasks_of(file) -> list[TaskData]:
 def adapted(**fields):
     torch.manual_seed(3)
     options = {"num_experts": 3, "r": 4, "lora_alpha": 64, "target_modules": "all-linear", "init_weights": False}
-    return get_peft_model(tiny.tiny_llama(), MoLoraConfig(task_type="CAUSAL_LM", **options | fields)).eval()
+    model = get_peft_model(tiny.tiny_llama(), MoLoraConfig(task_type="CAUSAL_LM", **options | fields)).eval()
+    if needs_calibration(model):
+        calibrate_routers(model, [{"input_ids": torch.randint(4, 94, (6, 9))}])
+    return model
 
 
 ROUTINGS = {
     "token": {"top_k": 2, "selection": "top_k"},
+    "token, from data": {"top_k": 2, "selection": "top_k", "router_norm": "standardize", "router_init": "clusters"},
     "sequence": {"router_level": "sequence", "selection": "dense"},
     "sequence of the base": {"router_level": "sequence", "router_input": "base", "selection": "dense"},
     "task": {"router": "task", "num_tasks": 2, "selection": "dense"},

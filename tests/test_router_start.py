@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 
 import fast_path
@@ -114,7 +115,6 @@ def test_training_before_data_was_seen_is_refused_and_evaluation_is_not():
         {},
         {"selection": "adaptive_threshold", "top_k": None},
         {"router_sharing": "input"},
-        {"router_sharing": "weights", "target_modules": ["q_proj", "o_proj"]},
         {"router_level": "sequence"},
         {"router_init": "prototypes", "router_confidence": 0.6},
         {"expert_scope": "ffn", "expert_layout": "separate"},
@@ -142,6 +142,25 @@ def test_what_was_calibrated_survives_saving_copying_and_16_bits(fields, tmp_pat
     assert torch.equal(copy.deepcopy(model)(input_ids=fast_path.IDS).logits, want)
     half = copy.deepcopy(model).to(torch.bfloat16)
     assert {r.input_mean.dtype for r in routers(half).values()} == {torch.float32}
+
+
+def test_what_is_kept_for_decoding_follows_every_change():
+    model = adapted(init_weights=False).eval()
+    router = routers(model)["base_model.model.model.layers.0.mlp.down_proj"]
+
+    def logits():
+        with torch.no_grad():
+            return model(input_ids=fast_path.IDS[:1, :1]).logits
+
+    seen = [logits()]
+    for part in (router.weight, router.bias, router.input_mean, router.input_std):
+        with torch.no_grad():
+            part.mul_(1 + torch.rand(part.shape, generator=torch.Generator().manual_seed(1)))
+        seen.append(logits())
+        assert torch.equal(seen[-1], logits())
+    router.weight.data = router.weight.data.flip(0)
+    seen.append(logits())
+    assert all(not torch.equal(one, other) for one, other in itertools.pairwise(seen))
 
 
 def test_growing_and_shrinking_keep_the_statistics():
@@ -372,6 +391,7 @@ def test_calibrations_of_nothing_are_refused(fields, given, message):
         ({"router_norm": "none", "router_init": "normal", "calibration_rows": 5}, "calibration_rows"),
         ({"calibration_rows": 0}, "calibration_rows"),
         ({"router_input": "base"}, "router_norm"),
+        ({"router_sharing": "weights"}, "router_norm"),
         ({"threshold_start": 0.5}, "threshold_start"),
         ({"experts_per_token": 2.0}, "experts_per_token"),
         ({"selection": "adaptive_threshold", "top_k": None, "experts_per_token": 4.0}, "experts_per_token"),

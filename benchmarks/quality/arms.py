@@ -22,7 +22,7 @@ from benchmarks.quality.training import config_of
 from molora import MoLoraConfig
 from molora.errors import ConfigError, Problem, did_you_mean
 
-LORA_RATES = (2.5e-4, 5e-4, 1e-3)
+LORA_RATES = (5e-4, 1e-3, 2e-3)
 MIXTURE_RATES = (7.5e-4, 1.5e-3, 3e-3)
 
 MIXTURE = {
@@ -72,7 +72,7 @@ BUILT_IN = [
         expert_per_task=True,
     ),
     Arm("single", {"preset": "lora"}, LORA_RATES, equal_parameters_to="top2", one_task=True),
-    Arm("molora", {**MIXTURE, "router_norm": "standardize", "router_init": "prototypes"}),
+    Arm("molora", {"preset": "recommended"}),
 ]
 """The documented comparison. `molora` is the method that the library recommends."""
 

@@ -37,7 +37,7 @@ PROTOCOL = 1
 ROUNDS = 2
 """Times that each expert's row is made: its offset depends on the other rows, which come later in the first round."""
 
-FEW = 16
+FEW = 32
 """Rows of each task that a calibrated router sees."""
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -49,6 +49,7 @@ WAYS: dict[str, dict[str, Any]] = {
         "router_norm": "standardize",
         "router_init": "clusters",
         "router_bias": True,
+        "router_level": "sequence",  # tokens that all tasks share would go to the expert whose row is made last
     },
 }
 """How they are put together: in equal shares, by their own directions, by a router that saw few rows of each task."""

@@ -3,7 +3,7 @@
     python -m benchmarks.quality.continual --tasks FOLDER --out FOLDER --task_names A,B,C --study sequence,added
 
 Tasks are learned in the order of `--task_names`. A run that is finished is not run again. Learning rates are not tuned
-here: each arm takes the middle one of its grid, or what `--learning_rates` gives.
+here: see `benchmarks/quality/studies.py`, or give `--learning_rates`.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--scarce_rows", type=int, default=16, help="rows of the scarce task")
     made.add_argument("--seeds", type=_numbers, default=[0, 1, 2], metavar="0,1,2")
     made.add_argument(
-        "--learning_rates", type=_rates, default={}, metavar="ARM=RATE,...", help="instead of the middle"
+        "--learning_rates", type=_rates, default={}, metavar="ARM=RATE,...", help="instead of the usual ones"
     )
     made.add_argument("--workers", type=int, default=1, help="processes of one thread each")
     made.add_argument("--device", choices=["cpu", "cuda"], default="cpu")

@@ -1,7 +1,7 @@
 """The studies: which runs each consists of.
 
-Arms are those of the bench; `--arms_file` replaces `lora`, `molora` and `grown`. An arm's learning rate is the middle
-one of its grid, as nothing is tuned here.
+Arms are those of the bench; `--arms_file` replaces `lora`, `molora` and `grown`. Nothing is tuned here: learning rates
+are those below, unless an arm of the file has a single one, or `--learning_rates` says otherwise.
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ from typing import Any
 
 from torch import nn
 
-from benchmarks.quality.arms import LORA_RATES, Arm, resolved
+from benchmarks.quality.arms import Arm, resolved
 from benchmarks.quality.composed import ComposedJob
 from benchmarks.quality.jobs import Job
 from benchmarks.quality.staged import StagedJob
 from molora.errors import MoloraError, did_you_mean
+
+LORA_RATE = 5e-4
+MIXTURE_RATE = 1.5e-3
 
 REPLAY = 0.25
 """Share of a batch that `replay` draws from earlier tasks."""
@@ -45,7 +48,7 @@ GROWN = Arm(
 )
 """What grown mixtures are for the first task; every further one brings as many experts again."""
 
-LORA_OF_TASK = Arm("lora-of-task", {"preset": "lora", "r": 13, "lora_alpha": 26}, LORA_RATES)
+LORA_OF_TASK = Arm("lora-of-task", {"preset": "lora", "r": 13, "lora_alpha": 26})
 """What is composed; five of them are as large as the joint one."""
 
 
@@ -76,9 +79,9 @@ class Parts:
         return replace(found, name=name or of, fields={**found.fields, **changed})
 
     def rate(self, arm: Arm) -> float:
-        """The learning rate: what was given, or the middle of the grid."""
-        grid = sorted(arm.learning_rates)
-        return self.rates.get(arm.name, grid[(len(grid) - 1) // 2])
+        """The learning rate: what was given, the arm's only one, or that of its kind."""
+        usual = LORA_RATE if arm.fields.get("preset") == "lora" else MIXTURE_RATE
+        return self.rates.get(arm.name, arm.learning_rates[0] if len(arm.learning_rates) == 1 else usual)
 
     def staged(self, arm: Arm, kind: str, stages: Sequence[Sequence[int]], **more: Any) -> list[Job]:
         """A run a seed."""

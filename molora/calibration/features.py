@@ -149,11 +149,6 @@ class _Collector:
         x = args[0].x
         if x is None:
             return
-        group = layer.molora_group.get(self.name)
-        if group is not None and not group.decides_once:  # a common router, asked by each module about its own input
-            self._of[id(layer)] = id(layer)
-            self._parts.setdefault(id(layer), []).append(self._tokens(layer, x))
-            return
         siblings = id(layer.molora_input.get(self.name, layer))
         first = self._now.setdefault(siblings, x)
         same = first is x or (first.shape == x.shape and torch.equal(first, x))

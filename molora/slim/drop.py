@@ -15,7 +15,6 @@ from molora.routing.gates import EXACT_ZEROS, SUMS_TO_ONE
 from molora.slim.adapter import Adapter
 from molora.slim.changes import Slimmed, compared
 from molora.slim.experts import experts_of, rebuilt
-from molora.slim.fields import start_fields
 from molora.slim.prune import Usage
 from molora.slim.refusals import DROP, check_slimming, check_smaller
 from molora.slim.routers import rerouted
@@ -50,7 +49,7 @@ def drop_experts(adapter: Adapter, experts: Iterable[int], usage: Usage | None =
     def chosen(module: str, name: str, value: Tensor, dim: int) -> Tensor:
         return value.index_select(dim, torch.tensor([*kept, *range(number, value.shape[dim])]))
 
-    fields = {**fields_without(adapter.config, dropped), **start_fields(adapter.config, len(kept))}
+    fields = fields_without(adapter.config, dropped)
     new = rebuilt(Adapter(adapter.config, rerouted(adapter, chosen)), own, **fields)
     routed = {module for module in adapter.modules if adapter.plan(module).router != "none"}
     masses = None if usage is None else {m: float(usage[m].mass(number)[dropped].sum()) for m in routed}

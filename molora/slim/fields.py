@@ -45,18 +45,6 @@ def rank_fields(
     return {**fields, "r": r, "rank_pattern": {re.escape(module): wanted[module] for module in others}}
 
 
-def start_fields(config: MoLoraConfig, number: int) -> dict[str, Any]:
-    """The fields that only say how routers started and that so few experts do not allow, left out.
-
-    Args:
-        config: The config before.
-        number: Routed experts that are left.
-    """
-    wanted = config.router_confidence
-    impossible = wanted is not None and wanted <= 1 / (number + config.null_experts)
-    return {"router_confidence": None} if impossible else {}
-
-
 def _longest_first(name: str) -> tuple[int, str]:
     return -len(name), name
 

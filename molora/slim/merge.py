@@ -16,12 +16,12 @@ from torch import Tensor
 
 from molora.config import MoLoraConfig
 from molora.errors import ConfigError, Problem
+from molora.lifecycle import start_fields
 from molora.plan import routing_spec
 from molora.routing import SUMS_TO_ONE
 from molora.slim.adapter import PREFIX, Adapter
 from molora.slim.changes import Slimmed, compared
 from molora.slim.experts import Expert, experts_of, rebuilt
-from molora.slim.fields import start_fields
 from molora.slim.prune import Usage
 from molora.slim.refusals import MERGE, check_slimming, check_smaller
 from molora.slim.rerank import root_of, starts_of, truncated, whitening

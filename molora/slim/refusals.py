@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 from molora.config import MoLoraConfig
 from molora.errors import ConfigError, Problem
+from molora.lifecycle import start_fields
 from molora.plan import most_experts, routing_reads
-from molora.slim.fields import start_fields
 
 PRUNE, DROP, RANKS, RERANK, MERGE = "prune experts", "drop experts", "prune ranks", "re-rank experts", "merge experts"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,7 @@ class Affine(nn.Module):
         self.bias = parameter(rows) if bias else None
         self.norm = norm
         self.awaits_data = norm != "none"
+        self._folded: dict[str, tuple[list[Any], Tensor]] = {}
         for name, start in (("input_mean", torch.zeros), ("input_std", torch.ones)):
             self.register_buffer(name, None if norm == "none" else start(in_features))
 
@@ -64,14 +65,34 @@ class Affine(nn.Module):
                 "the routers of this adapter take their start from data, and have seen none: call "
                 "molora.calibrate_routers(model, batches) before training. molora's trainers do it by themselves."
             )
-        return promote(self.weight) / self.input_std
+        return self._kept("rows", self._rows)
 
     def offset(self) -> Tensor | None:
         """b', what is added to the product with the raw input, `[rows]`; `None` for nothing."""
         if self.input_mean is None or self.input_std is None:
             return self.bias
+        return self._kept("offset", self._offset)
+
+    def _rows(self) -> Tensor:
+        assert self.input_std is not None
+        return promote(self.weight) / self.input_std
+
+    def _offset(self) -> Tensor:
+        assert self.input_mean is not None
+        assert self.input_std is not None
         common = -(promote(self.weight) @ (self.input_mean / self.input_std))
         return common if self.bias is None else promote(self.bias) + common
+
+    def _kept(self, name: str, made: Callable[[], Tensor]) -> Tensor:
+        """What was made before from the very same values, without gradients: decoding asks for every token."""
+        parts = [part for part in (self.weight, self.bias, self.input_mean, self.input_std) if part is not None]
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or any(part.is_inference() for part in parts):
+            return made()
+        state: list[Any] = [(part._version, part.data_ptr(), part.dtype) for part in parts]
+        known = self._folded.get(name)
+        if known is None or known[0] != state:
+            known = self._folded[name] = (state, made())
+        return known[1]
 
     def normalized_sums(self, sums: Tensor, counts: Tensor) -> Tensor:
         """Sums of raw inputs as sums of normalised ones.
