@@ -177,6 +177,9 @@ class MoLoraConfig(PeftConfig):
         problems = list(check_types(self)) or list(check_combination(self))
         if problems:
             raise ConfigError(problems, "invalid MoLoraConfig")
+        if self.experts_per_token is not None and self.max_threshold is None:
+            # Probabilities sum to one, so thresholds up to here can leave so few experts. Saved, as readers need it.
+            self.max_threshold = 1 / self.experts_per_token
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # what PEFT's matching expects
         if isinstance(self.exclude_modules, list):

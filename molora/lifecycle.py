@@ -126,15 +126,19 @@ def fields_without(config: MoLoraConfig, experts: Iterable[int]) -> dict[str, An
 
 
 def start_fields(config: MoLoraConfig, number: int) -> dict[str, Any]:
-    """The fields that only say how routers started and that so few experts do not allow, left out.
+    """The fields that only say how routers are trained and that so few experts do not allow, left out.
 
     Args:
         config: The config before.
         number: Routed experts that are left.
     """
-    wanted = config.router_confidence
-    impossible = wanted is not None and wanted <= 1 / (number + config.null_experts)
-    return {"router_confidence": None} if impossible else {}
+    confidence, active = config.router_confidence, config.experts_per_token
+    fields: dict[str, Any] = {}
+    if confidence is not None and confidence <= 1 / (number + config.null_experts):
+        fields["router_confidence"] = None
+    if active is not None and active >= number:
+        fields["experts_per_token"] = None
+    return fields
 
 
 def freeze_router(model: nn.Module, adapter_name: str = "default", frozen: bool = True) -> None:

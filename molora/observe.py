@@ -10,7 +10,7 @@ from torch import Tensor
 
 from molora.layouts import ACTIVATIONS, LAYOUTS
 from molora.losses.routing_contrastive import token_sums
-from molora.routing import ROWS, Recomputed, Routing
+from molora.routing import ROWS, Affine, Recomputed, Routing
 from molora.routing.record import LayerParts
 
 if TYPE_CHECKING:
@@ -95,6 +95,9 @@ def parts_of(
     sums, counts = None, None
     if "token_sums" in needs:
         sums, counts = token_sums(x, routing.selected[..., : plan.num_experts], mask)
+        router = layer.router_of(name)
+        if isinstance(router, Affine):  # its rows are in the space of the normalised input
+            sums = router.normalized_sums(sums, counts)
     activation = ACTIVATIONS[plan.activation] if plan.activation else None
 
     def to_columns(hidden: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from molora.errors import MoloraError
 from molora.routing import Affine
 from molora.trainers.callbacks import trained_adapters
 from molora.trainers.columns import EXPERT_SCORES, TASK_IDS, take_columns
+from molora.trainers.sharding import plain_name
 
 BY_HAND = "call molora.calibrate_routers(model, batches) yourself before training."
 
@@ -201,6 +202,7 @@ def restore_statistics(model: Any, checkpoint: str) -> None:
         with safe_open(file, "pt") as saved:
             known = set(saved.keys())
             for name, module in model.named_modules():
+                name = plain_name(name)
                 key = name.removesuffix(f".{adapter}")
                 if isinstance(module, Affine) and key != name and f"{key}.input_mean" in known:
                     module.set_statistics(*(saved.get_tensor(f"{key}.{part}") for part in ("input_mean", "input_std")))

@@ -11,11 +11,11 @@ from torch import nn
 
 from molora.errors import MoloraError
 from molora.trainers.callbacks import trained_adapters
+from molora.trainers.sharding import plain_name
 
 logger = logging.getLogger(__name__)
 
 _ROUTING = re.compile(r"(?:^|\.)molora_(?:router|threshold|blend)\.([^.]+)(?:\.|$)")
-_OF_WRAPPERS = re.compile(r"(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
 _AT_ONE_RATE = ("lomo", "adalomo")
 """Optimizers that step in the backward pass, at one rate for all."""
 
@@ -124,7 +124,7 @@ def _ratio_of_parameters(model: nn.Module, ratios: Ratios) -> dict[nn.Parameter,
 
 
 def _ratio_of_name(name: str, ratios: Ratios) -> float:
-    match = _ROUTING.search(_OF_WRAPPERS.sub("", name))
+    match = _ROUTING.search(plain_name(name))
     return ratios.get(match[1], 1.0) if match else 1.0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from molora.bank import MoLoraLayer
 from molora.experts import ShardPool
+
+_OF_WRAPPERS = re.compile(r"(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
 
 
 def share_out_by_itself(accelerator: Any, model: Any) -> None:
@@ -55,6 +58,11 @@ def change_whole(parameter: Tensor, change: Callable[[Tensor], Tensor]) -> None:
         parameter.copy_(new)
 
 
+def plain_name(name: str) -> str:
+    """The name of a module or parameter as it is without what wraps a model that is trained."""
+    return _OF_WRAPPERS.sub("", name)
+
+
 def restore_frozen(model: Any, checkpoint: str) -> None:
     """Take up what is not trained by gradients, as balancing biases, from the adapters in a checkpoint.
 
@@ -71,6 +79,7 @@ def restore_frozen(model: Any, checkpoint: str) -> None:
         with safe_open(file, "pt") as saved:
             known = set(saved.keys())
             for name, parameter in model.named_parameters():
+                name = plain_name(name)
                 key = name.replace(f".{adapter}.", ".")
                 if not parameter.requires_grad and key != name and key in known:
                     values = saved.get_tensor(key)

@@ -37,9 +37,6 @@ PROTOCOL = 1
 STAGE_SEED = 1000
 """Added to a run's seed for every stage after the first."""
 
-ROUNDS = 2
-"""Times that rows of new experts are made: in the first, later linears still read what old experts answer there."""
-
 SHARE_ROWS = 24
 """Validation rows a task that show which experts it uses."""
 
@@ -184,8 +181,7 @@ def prepare(model: PeftModel, job: StagedJob, at: int, batches: Sequence[Batch],
     items = [item for batch in batches for item in batch][: config.calibration_rows]
     new = range(there, there + job.grows)
     given = calibration_batches(items, place)
-    for _ in range(ROUNDS):
-        calibrate_routers(model, given, experts=list(new), seed=job.seed + STAGE_SEED * at)
+    calibrate_routers(model, given, experts=list(new), seed=job.seed + STAGE_SEED * at)
     model.eval()
 
 

@@ -18,7 +18,7 @@ from molora.kernels.dispatch import using
 from molora.modes import evaluating
 from molora.plain.moments import Batch, run_batch
 from molora.routing import RouterInput
-from molora.routing.masks import TokenMasks
+from molora.routing.masks import TokenMasks, reads_decoder
 
 MAX_TOKENS = 8192
 """Tokens that are kept of each input; of more, a random part."""
@@ -124,14 +124,15 @@ class _Collector:
         self._batch: Batch = {}
         self._masks, self._chosen = TokenMasks(), torch.empty(0)
         self._real = torch.empty(0)
-        self._rows = 0
+        self._rows = self._texts = 0
         self._parts: dict[int, list[tuple[Tensor, ...]]] = {}
         self._now: dict[int, Tensor] = {}
         self._of: dict[int, int] = {}
 
     def begin(self, batch: Batch, chosen: Tensor, masks: TokenMasks) -> None:
         """A forward pass begins."""
-        self._rows += len(self._chosen)
+        self._rows += max(len(self._chosen), self._texts)
+        self._texts = 0
         self._batch, self._chosen, self._masks = batch, chosen, masks
         self._real = _real_tokens(batch)
         self._now.clear()
@@ -166,13 +167,18 @@ class _Collector:
             return x.flatten(0, -2), torch.arange(len(x)) + self._rows, all_rows, ~all_rows
         shape = x.shape[:-1]
         chosen, answers = self._chosen, _answers(self._batch, self._chosen)
-        if chosen.shape != shape:  # an encoder-decoder's other side, or tokens without their rows
+        if self._masks.encoder_decoder or chosen.shape != shape:  # its decoder writes answers, its encoder reads
             mask = self._masks.of_layer(layer.routing_name, shape)
             chosen = torch.ones(shape, dtype=torch.bool) if mask is None else mask.cpu()
-            answers = torch.ones_like(chosen)
+            answers = torch.full_like(chosen, reads_decoder(layer.routing_name))
         row = torch.arange(shape[0]).unsqueeze(1) if len(shape) == 2 else torch.zeros(1, dtype=torch.long)
         row = row.expand(shape)
         first = self._real.cumsum(dim=-1) == 1 if self._real.shape == shape else torch.zeros_like(chosen)
+        positions = self._batch.get("position_ids")
+        if isinstance(positions, Tensor) and positions.shape == shape:  # several texts may be packed into a row
+            first = positions.cpu() == 0
+            row = first.flatten().cumsum(dim=0).reshape(shape)
+            self._texts = max(self._texts, int(row.max()) + 1)
         return x[chosen.to(x.device)], (row + self._rows)[chosen], answers[chosen], first[chosen]
 
     def inputs(self) -> Iterator[tuple[Features, list[Any]]]:
@@ -184,11 +190,18 @@ class _Collector:
                 )
         for key in list(self._parts):
             x, *others = (torch.cat(parts) for parts in zip(*self._parts.pop(key), strict=True))
+            readers = [layer for layer in self.readers if self._of[id(layer)] == key]
             if not len(x):
                 raise MoloraError("the calibration batches hold no real token.")
+            if not bool(x.isfinite().all()):
+                raise MoloraError(
+                    f"{readers[0].module_key} reads values that are not finite in the calibration batches. In "
+                    "16 bits, rows that begin with padding may do that; load the model with "
+                    'attn_implementation="eager", or in fp32.'
+                )
             yield (
                 Features(x.float(), *(other.to(x.device) for other in others)),
-                [layer for layer in self.readers if self._of[id(layer)] == key],
+                readers,
             )
 
 

@@ -25,6 +25,9 @@ from molora.routing.start import (
     winning_offset,
 )
 
+ROUNDS = 2
+"""Passes in which rows of new experts are made: in the first, modules still read what the old ones answered before."""
+
 OF_NEW_EXPERTS = 0.9
 """Share of the probability that new experts start with on the data they are for."""
 
@@ -56,9 +59,9 @@ def calibrate_routers(
 ) -> None:
     """Let an adapter's routers take their statistics, and their rows and balance if the config says so, from data.
 
-    No task labels are used. What is asked for is in the config: `router_norm`, a `router_init` made from data, and the
-    start of the balancing bias where `balance_bias_rate` is set. molora's trainers call this before the first step;
-    with other trainers call it after `get_peft_model`.
+    No task labels are used. What is asked for is in the config: `router_norm`, a `router_init` made from data,
+    `router_confidence`, and with `router_bias` offsets under which all experts are used evenly. molora's trainers call
+    this before the first step; with other trainers call it after `get_peft_model`.
 
     Args:
         model: The adapted model, the adapter active and not yet trained: B is zero, so that the model is still the
@@ -79,16 +82,19 @@ def calibrate_routers(
         raise MoloraError(
             f"adapter {adapter_name!r} has no routers that read statistics of data; set router_norm='standardize'."
         )
+    _check_active(model, adapter_name)
     if experts is not None:
         _check_experts(model, adapter_name, config, experts)
     if not batches:
         raise MoloraError("got no calibration batches; give some of the training data.")
     readers = [layer for layer in _layers(model, adapter_name) if adapter_name in layer.molora_router]
+    if experts is not None:
+        for _ in range(ROUNDS):
+            for features, layers in collect_features(model, readers, adapter_name, batches, seed, progress):
+                for layer in layers:
+                    _add_rows(layer.molora_router[adapter_name], features, config, list(experts), seed)
+        return
     for features, layers in collect_features(model, readers, adapter_name, batches, seed, progress):
-        if experts is not None:
-            for layer in layers:
-                _add_rows(layer.molora_router[adapter_name], features, config, list(experts), seed)
-            continue
         mean, std = statistics(features.x)
         z = normalized(features.x, mean, std if config.router_norm == "standardize" else None)
         made: dict[int, tuple[Tensor, Tensor]] = {}  # what is made from the same data need not be made again
@@ -104,6 +110,25 @@ def calibrate_routers(
             router.weight.copy_(rows)
             if router.bias is not None:
                 router.bias.copy_(offsets)
+
+
+def _check_active(model: nn.Module, name: str) -> None:
+    """Only an adapter that takes part in forward passes sees data."""
+    layers = _layers(model, name)
+    active = sorted({active for layer in layers for active in layer.active_adapters})
+    if layers and name not in active:
+        raise MoloraError(f"adapter {name!r} is not active, {', '.join(active)} is; call model.set_adapter({name!r}).")
+    if any(layer.merged or layer.disable_adapters for layer in layers):
+        raise MoloraError(f"adapter {name!r} is merged or switched off, so its routers see no data; undo that first.")
+
+
+def _check_texts(features: Features, experts: int) -> None:
+    texts = len(features.row.unique())
+    if texts < experts:
+        raise MoloraError(
+            f"the calibration batches hold {texts} texts, and {experts} experts need as many kinds of them at least; "
+            "give more rows (calibration_rows in molora's trainers), or set router_init='directions'."
+        )
 
 
 def _check_experts(model: nn.Module, name: str, config: MoLoraConfig, experts: Sequence[int]) -> None:
@@ -122,6 +147,7 @@ def _check_experts(model: nn.Module, name: str, config: MoLoraConfig, experts: S
 def _add_rows(router: Any, features: Features, config: MoLoraConfig, experts: list[int], seed: int) -> None:
     """Rows and offsets for new experts, so that the data they are for goes to them."""
     z = normalized(features.x, router.input_mean, router.input_std)
+    _check_texts(features, len(experts))
     rows, offsets = text_discriminants(
         z, features.row, features.answer, ~features.first, len(experts), seed, torch.zeros_like(z[0])
     )
@@ -142,6 +168,7 @@ def _start(
     """Rows `[E, in]` and offsets `[E]` of a router, from normalised features `[T, in]`."""
     experts = router.weight.shape[0]
     if config.router_init == "clusters":
+        _check_texts(features, experts)
         rows, offsets = text_discriminants(z, features.row, features.answer, ~features.first, experts, seed)
     elif config.router_init == "prototypes":
         rows, offsets = token_prototypes(z, features.answer, experts, seed)
@@ -150,7 +177,7 @@ def _start(
         offsets = torch.zeros_like(rows[:, 0])
     logits = z @ rows.T + offsets
     if config.router_confidence is not None:
-        factor = sharpness(logits, half_for_answers(features.answer), config.router_confidence)
+        factor = sharpness(logits / config.temperature, half_for_answers(features.answer), config.router_confidence)
         rows, offsets, logits = rows * factor, offsets * factor, logits * factor
     # Less for answers than in the clustering: they are few, and all tokens are to have even loads too.
     offsets = offsets + evening_offsets(logits, half_for_answers(features.answer, 1 / 3), min(k, experts), seed)

@@ -91,15 +91,16 @@ def run_batch(
     given = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
     labels = given.pop("labels", None)
     routing: dict[str, Any] = {name: given.pop(name) for name in _ROUTING if name in given}
-    if labels is not None and "attention_mask" in given and labels.shape == given["attention_mask"].shape:
-        routing["prompt_mask"] = prompt_of_labels(labels, given["attention_mask"])
+    like = given.get("attention_mask", given.get("input_ids"))
+    if labels is not None and like is not None and labels.shape == like.shape:
+        routing["prompt_mask"] = prompt_of_labels(labels, given.get("attention_mask"))
     encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
     if encoder_decoder and labels is not None:
         whole: Any = model
         base = whole.get_base_model() if hasattr(whole, "get_base_model") else whole
         given["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(labels)
     if begin is not None:
-        begin(token_masks(given, encoder_decoder))
+        begin(token_masks({**given, "labels": labels}, encoder_decoder))
     with routing_inputs(model, **routing) if scopes(model) else nullcontext():
         return model(**given, **options)
 

@@ -28,11 +28,14 @@ TOKENS_TO_BALANCE = 2048
 def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each feature, both `[in]`, of `[T, in]`.
 
-    A feature that hardly varies keeps a deviation of a thousandth of the median one, so that it does not decide.
+    A feature that hardly varies gets a deviation of a thousandth of the median one, so that it does not decide; one
+    that never does gets one.
     """
     mean, std = x.mean(dim=0), x.std(dim=0, unbiased=False)
-    least = 1e-3 * float(std.median())
-    return mean, std.clamp(min=least or 1.0)
+    varies = std > 1e-6 * mean.abs()
+    if not bool(varies.any()):
+        return mean, torch.ones_like(std)
+    return mean, torch.where(varies, std.clamp(min=1e-3 * float(std[varies].median())), 1.0)
 
 
 def normalized(x: Tensor, mean: Tensor, std: Tensor | None) -> Tensor:

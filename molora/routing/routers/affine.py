@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,6 @@ class Affine(nn.Module):
         self.bias = parameter(rows) if bias else None
         self.norm = norm
         self.awaits_data = norm != "none"
-        self._folded: dict[str, tuple[list[Any], Tensor]] = {}
         for name, start in (("input_mean", torch.zeros), ("input_std", torch.ones)):
             self.register_buffer(name, None if norm == "none" else start(in_features))
 
@@ -65,34 +64,14 @@ class Affine(nn.Module):
                 "the routers of this adapter take their start from data, and have seen none: call "
                 "molora.calibrate_routers(model, batches) before training. molora's trainers do it by themselves."
             )
-        return self._kept("rows", self._rows)
+        return promote(self.weight) / self.input_std
 
     def offset(self) -> Tensor | None:
         """b', what is added to the product with the raw input, `[rows]`; `None` for nothing."""
         if self.input_mean is None or self.input_std is None:
             return self.bias
-        return self._kept("offset", self._offset)
-
-    def _rows(self) -> Tensor:
-        assert self.input_std is not None
-        return promote(self.weight) / self.input_std
-
-    def _offset(self) -> Tensor:
-        assert self.input_mean is not None
-        assert self.input_std is not None
         common = -(promote(self.weight) @ (self.input_mean / self.input_std))
         return common if self.bias is None else promote(self.bias) + common
-
-    def _kept(self, name: str, made: Callable[[], Tensor]) -> Tensor:
-        """What was made before from the very same values, without gradients: decoding asks for every token."""
-        parts = [part for part in (self.weight, self.bias, self.input_mean, self.input_std) if part is not None]
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or any(part.is_inference() for part in parts):
-            return made()
-        state: list[Any] = [(part._version, part.data_ptr(), part.dtype) for part in parts]
-        known = self._folded.get(name)
-        if known is None or known[0] != state:
-            known = self._folded[name] = (state, made())
-        return known[1]
 
     def normalized_sums(self, sums: Tensor, counts: Tensor) -> Tensor:
         """Sums of raw inputs as sums of normalised ones.
@@ -130,6 +109,6 @@ class Affine(nn.Module):
         super()._apply(fn, recurse)
         for name, old in before.items():  # 16 bits cannot tell a mean from its features
             new = self._buffers[name]
-            if new is not None and new.dtype.itemsize < old.dtype.itemsize:
+            if new is not None and new.dtype in (torch.bfloat16, torch.float16):
                 self._buffers[name] = old.to(new.device)
         return self
