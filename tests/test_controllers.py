@@ -68,6 +68,8 @@ class Spec:
 
 
 class Layer(nn.Module):
+    routing_scope = None
+
     def __init__(self, *adapters):
         super().__init__()
         self.molora_spec = dict.fromkeys(adapters, Spec())

@@ -37,7 +37,7 @@ DROPPED = {
     "cosine": ("molora", {"router": "cosine"}, [1]),
     "statistics of data": ("recommended", {}, [1]),
     "statistics, adaptive threshold": ("adamole", {"router_norm": "standardize"}, [2]),
-    "statistics, one weight for all": ("self-moe", {"router_norm": "center"}, [0]),
+    "statistics": ("mole", {"router_norm": "center"}, [0]),
 }
 
 

@@ -46,7 +46,6 @@ def root(tmp_path_factory):
 ADAPTERS = {
     "alone": {},
     "siblings": {"router_sharing": "input"},
-    "one weight": {"router_sharing": "weights"},
     "centred": {"router_norm": "center"},
 }
 """Ways to share routers and statistics, as overrides of the preset."""

@@ -27,7 +27,7 @@ def _within(module: nn.Module, name: str, seen: set[int]) -> Iterator[tuple[str,
     children = module._modules
     if hasattr(type(module), MARK):
         yield name, module
-        children = {"base_layer": children["base_layer"]}
+        children = {key: child for key, child in children.items() if key == "base_layer"}
     for key, child in children.items():
         if child is not None and (child._modules or hasattr(type(child), MARK)):
             yield from _within(child, f"{name}.{key}" if name else key, seen)
