@@ -7,15 +7,12 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.data_loader import IterableDatasetShard
 from accelerate.utils import broadcast, set_seed
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
@@ -24,7 +21,7 @@ from molora.errors import MoloraError
 from molora.routing import Affine
 from molora.trainers.callbacks import trained_adapters
 from molora.trainers.columns import EXPERT_SCORES, TASK_IDS, take_columns
-from molora.trainers.sharding import plain_name
+from molora.trainers.sharding import plain_name, saved_adapters
 
 BY_HAND = "call molora.calibrate_routers(model, batches) yourself before training."
 
@@ -151,8 +148,9 @@ def _for_model(model: Any, batch: Any) -> dict[str, Any]:
 def _random_state_kept() -> Iterator[None]:
     """A block after which everything is drawn as if it had not been."""
     states = random.getstate(), np.random.get_state()
-    devices = [torch.accelerator.current_device_index()] if torch.accelerator.is_available() else []
-    kind = {} if not devices else {"device_type": torch.accelerator.current_accelerator().type}  # type: ignore[union-attr]
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    devices = [] if accelerator is None else [torch.accelerator.current_device_index()]
+    kind = {} if accelerator is None else {"device_type": accelerator.type}
     with torch.random.fork_rng(devices=devices, **kind):
         try:
             yield
@@ -195,14 +193,10 @@ def restore_statistics(model: Any, checkpoint: str) -> None:
         model: The adapted model.
         checkpoint: Folder of a checkpoint; adapters other than `default` lie in folders of their names.
     """
-    for adapter in model.peft_config:
-        file = Path(checkpoint) / ("" if adapter == "default" else adapter) / SAFETENSORS_WEIGHTS_NAME
-        if not file.is_file():
-            continue
-        with safe_open(file, "pt") as saved:
-            known = set(saved.keys())
-            for name, module in model.named_modules():
-                name = plain_name(name)
-                key = name.removesuffix(f".{adapter}")
-                if isinstance(module, Affine) and key != name and f"{key}.input_mean" in known:
-                    module.set_statistics(*(saved.get_tensor(f"{key}.{part}") for part in ("input_mean", "input_std")))
+    for adapter, saved in saved_adapters(model, checkpoint):
+        known = set(saved.keys())
+        for name, module in model.named_modules():
+            name = plain_name(name)
+            key = name.removesuffix(f".{adapter}")
+            if isinstance(module, Affine) and key != name and f"{key}.input_mean" in known:
+                module.set_statistics(*(saved.get_tensor(f"{key}.{part}") for part in ("input_mean", "input_std")))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,15 +72,20 @@ def restore_frozen(model: Any, checkpoint: str) -> None:
         model: The adapted model.
         checkpoint: Folder of a checkpoint; adapters other than `default` lie in folders of their names.
     """
+    for adapter, saved in saved_adapters(model, checkpoint):
+        known = set(saved.keys())
+        for name, parameter in model.named_parameters():
+            name = plain_name(name)
+            key = name.replace(f".{adapter}.", ".")
+            if not parameter.requires_grad and key != name and key in known:
+                values = saved.get_tensor(key)
+                change_whole(parameter, lambda whole, values=values: values.to(whole.device, whole.dtype))
+
+
+def saved_adapters(model: Any, checkpoint: str) -> Iterator[tuple[str, Any]]:
+    """Name and open file of each adapter of a model that a checkpoint holds, `default` in the folder itself."""
     for adapter in model.peft_config:
         file = Path(checkpoint) / ("" if adapter == "default" else adapter) / SAFETENSORS_WEIGHTS_NAME
-        if not file.is_file():
-            continue
-        with safe_open(file, "pt") as saved:
-            known = set(saved.keys())
-            for name, parameter in model.named_parameters():
-                name = plain_name(name)
-                key = name.replace(f".{adapter}.", ".")
-                if not parameter.requires_grad and key != name and key in known:
-                    values = saved.get_tensor(key)
-                    change_whole(parameter, lambda whole, values=values: values.to(whole.device, whole.dtype))
+        if file.is_file():
+            with safe_open(file, "pt") as saved:
+                yield adapter, saved

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.quality.bench import run
+from benchmarks.quality.options import numbers, rates, words
 from molora.errors import MoloraError
 
 
@@ -27,8 +28,8 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--tasks", type=Path, required=True, metavar="FOLDER", help="holds train/ and test/TASK.jsonl")
     made.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="runs and results go there")
-    made.add_argument("--task_names", type=_words, metavar="A,B", help="default: all that are found, sorted")
-    made.add_argument("--arms", type=_words, metavar="A,B", help="default: all, with those of --arms_file")
+    made.add_argument("--task_names", type=words, metavar="A,B", help="default: all that are found, sorted")
+    made.add_argument("--arms", type=words, metavar="A,B", help="default: all, with those of --arms_file")
     made.add_argument("--arms_file", type=Path, metavar="FILE", help="further arms, in YAML or JSON")
     made.add_argument("--reference", default="lora", metavar="ARM", help="what others are compared with")
     made.add_argument("--model", default="smollm2-135m-instruct", help="the base model")
@@ -37,10 +38,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--max_length", type=int, default=128, help="tokens; longer training rows are left out")
     made.add_argument("--validation", type=int, default=40, help="validation rows a task")
     made.add_argument("--test_rows", type=int, default=150, help="the last so many rows of each test file")
-    made.add_argument("--seeds", type=_numbers, default=[0, 1, 2], metavar="0,1,2")
-    made.add_argument("--tuning_seeds", type=_numbers, default=[100, 101], metavar="100,101")
+    made.add_argument("--seeds", type=numbers, default=[0, 1, 2], metavar="0,1,2")
+    made.add_argument("--tuning_seeds", type=numbers, default=[100, 101], metavar="100,101")
     made.add_argument(
-        "--learning_rates", type=_rates, default={}, metavar="ARM=RATE,...", help="these arms are not tuned"
+        "--learning_rates", type=rates, default={}, metavar="ARM=RATE,...", help="these arms are not tuned"
     )
     made.add_argument("--workers", type=int, default=1, help="processes of one thread each")
     made.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -50,19 +51,6 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--initial_only", action="store_true", help="routing before training, and nothing else")
     what.add_argument("--report_only", action="store_true", help="tables of the runs there are")
     return made
-
-
-def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
-
-
-def _numbers(text: str) -> list[int]:
-    return [int(word) for word in _words(text)]
-
-
-def _rates(text: str) -> dict[str, float]:
-    pairs = (word.rpartition("=") for word in _words(text))
-    return {name: float(rate) for name, _, rate in pairs}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -14,13 +14,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import argparse
 import datetime
-import gc
 import itertools
 import json
 import sys
-import traceback
 from collections.abc import Mapping, Sequence
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +27,7 @@ from benchmarks.quality.bench import Session
 from benchmarks.quality.continual_tables import SUMMARIES, TEXTS
 from benchmarks.quality.data import found_tasks, load_rows
 from benchmarks.quality.jobs import Bench, Job
+from benchmarks.quality.options import numbers, rates, words
 from benchmarks.quality.pool import Pool, Work
 from benchmarks.quality.studies import STUDIES, Parts, jobs_of
 from molora.errors import MoloraError
@@ -45,13 +43,11 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--tasks", type=Path, required=True, metavar="FOLDER", help="holds train/ and test/TASK.jsonl")
     made.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="runs and results go there")
+    made.add_argument("--task_names", type=words, metavar="A,B", help="in the order of learning; default: all, sorted")
     made.add_argument(
-        "--task_names", type=_words, metavar="A,B", help="in the order of learning; default: all, sorted"
+        "--study", type=words, default=["sequence"], metavar="A,B", help=f"of {', '.join(STUDIES)}; default: sequence"
     )
-    made.add_argument(
-        "--study", type=_words, default=["sequence"], metavar="A,B", help=f"of {', '.join(STUDIES)}; default: sequence"
-    )
-    made.add_argument("--arms", type=_words, metavar="A,B", help="default: all of the study")
+    made.add_argument("--arms", type=words, metavar="A,B", help="default: all of the study")
     made.add_argument(
         "--arms_file", type=Path, metavar="FILE", help="other fields for lora, molora, grown; YAML, JSON"
     )
@@ -62,52 +58,15 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--validation", type=int, default=40, help="rows a task that are not trained on")
     made.add_argument("--test_rows", type=int, default=150, help="the last so many rows of each test file")
     made.add_argument("--scarce_rows", type=int, default=16, help="rows of the scarce task")
-    made.add_argument("--seeds", type=_numbers, default=[0, 1, 2], metavar="0,1,2")
+    made.add_argument("--seeds", type=numbers, default=[0, 1, 2], metavar="0,1,2")
     made.add_argument(
-        "--learning_rates", type=_rates, default={}, metavar="ARM=RATE,...", help="instead of the usual ones"
+        "--learning_rates", type=rates, default={}, metavar="ARM=RATE,...", help="instead of the usual ones"
     )
     made.add_argument("--workers", type=int, default=1, help="processes of one thread each")
     made.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     made.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the base; default: bfloat16 on cuda")
     made.add_argument("--report_only", action="store_true", help="tables of the runs there are")
     return made
-
-
-def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
-
-
-def _numbers(text: str) -> list[int]:
-    return [int(word) for word in _words(text)]
-
-
-def _rates(text: str) -> dict[str, float]:
-    pairs = (word.rpartition("=") for word in _words(text))
-    return {name: float(rate) for name, _, rate in pairs}
-
-
-def work(connection: Connection, given: Work) -> None:
-    """A process: load the base once, then do the runs that come until there is none."""
-    import torch
-    from transformers.utils.logging import disable_progress_bar
-
-    torch.set_num_threads(1)
-    disable_progress_bar()
-    from benchmarks.quality.jobs import write_result
-    from benchmarks.quality.training import Place, load_frozen
-
-    place = Place(given.bench.device, given.bench.dtype, given.pad)
-    base = load_frozen(given.bench.model, place)
-    while (job := connection.recv()) is not None:
-        try:
-            result = job.run(given.bench, base, given.rows, place)
-            write_result(job.file(given.runs, given.bench), result)
-            connection.send((result["seconds"], ""))
-        except Exception:
-            connection.send((0.0, traceback.format_exc()))
-        gc.collect()
-        if place.device == "cuda":
-            torch.cuda.empty_cache()
 
 
 def run(given: argparse.Namespace) -> int:
@@ -182,7 +141,7 @@ def _prepare(given: argparse.Namespace) -> tuple[Session, list[Job]]:
     )  # fmt: skip
     shared = Work(bench, rows, given.out / "runs", int(tokenizer.pad_token_id))
     arms = list({id(job.arm): job.arm for job in jobs}.values())
-    return Session(given, shared, arms, Pool(shared, given.workers, work)), jobs
+    return Session(given, shared, arms, Pool(shared, given.workers)), jobs
 
 
 def _write(session: Session, results: Sequence[Mapping[str, Any]]) -> None:

@@ -106,6 +106,10 @@ class Job:
         share = 1 if self.task is None else 1 / len(bench.tasks)
         return share * (3 * rows + scored) * (1.0 if self.arm.fields.get("preset") == "lora" else 1.4)
 
+    def run(self, bench: Bench, base: nn.Module, rows: TaskRows, place: Place) -> dict[str, Any]:
+        """Do the run on a copy of the base model, and return its result, ready for JSON."""
+        return run_job(self, bench, base, rows, place)
+
 
 def run_job(job: Job, bench: Bench, base: nn.Module, rows: TaskRows, place: Place) -> dict[str, Any]:
     """Do a run on a copy of the base model.
@@ -137,6 +141,11 @@ def run_job(job: Job, bench: Bench, base: nn.Module, rows: TaskRows, place: Plac
         result["test"] = score(model, _own(rows.test, job.task), place, experts=experts)
         if job.task is None:
             result["routing_final"] = routing_of(model, looked_at, place, experts=experts)
+    return finished(result, started)
+
+
+def finished(result: dict[str, Any], started: float) -> dict[str, Any]:
+    """A result with its time and the versions it depends on."""
     result["seconds"] = round(time.perf_counter() - started, 2)
     result["versions"] = {
         "python": platform.python_version(),

@@ -46,17 +46,17 @@ def work(connection: Connection, given: Work) -> None:
 
     torch.set_num_threads(1)
     disable_progress_bar()
-    from benchmarks.quality.jobs import run_job, write_result
+    from benchmarks.quality.jobs import write_result
     from benchmarks.quality.training import Place, load_frozen
 
     place = Place(given.bench.device, given.bench.dtype, given.pad)
     base = load_frozen(given.bench.model, place)
     while (job := connection.recv()) is not None:
         try:
-            result = run_job(job, given.bench, base, given.rows, place)
+            result = job.run(given.bench, base, given.rows, place)
             write_result(job.file(given.runs, given.bench), result)
             connection.send((result["seconds"], ""))
-        except Exception:
+        except Exception:  # whatever went wrong is told, and the next run is done
             connection.send((0.0, traceback.format_exc()))
         gc.collect()  # trainers hold themselves in circles, and so every model that was trained
         if place.device == "cuda":

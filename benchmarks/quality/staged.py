@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import itertools
 import json
-import platform
 import random
 import time
 import warnings
@@ -17,14 +16,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from peft import PeftModel
 from torch import nn
 from transformers import set_seed
 
-import molora
 from benchmarks.quality.data import Batch, Item, TaskRows, stream
-from benchmarks.quality.jobs import Bench, Job, calibrate
+from benchmarks.quality.jobs import Bench, Job, calibrate, finished
 from benchmarks.quality.scoring import score, task_losses
 from benchmarks.quality.shares import expert_shares
 from benchmarks.quality.training import Place, adapted, train
@@ -104,17 +101,6 @@ class StagedJob(Job):
         result["parameters"] = held(model)
         result["shares"] = expert_shares(model, [task[:SHARE_ROWS] for task in rows.validation], place)
         return finished(result, started)
-
-
-def finished(result: dict[str, Any], started: float) -> dict[str, Any]:
-    """A result with its time and the versions it depends on."""
-    result["seconds"] = round(time.perf_counter() - started, 2)
-    result["versions"] = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "molora": molora.__version__,
-    }
-    return result
 
 
 def stage_batches(job: StagedJob, rows: TaskRows, at: int, batch_size: int) -> list[Batch]:
