@@ -172,6 +172,8 @@ def _check_activation_router(config: Config) -> Iterator[Problem]:
     if config.expert_layout != "separate":
         yield Problem("expert_layout", f"router={config.router!r} needs rows of A for each expert; set 'separate'.")
     if config.router == "activation_norm":
+        if config.null_experts:
+            yield Problem("null_experts", "have no activation that could be compared with others'; leave them out.")
         return
     ranks = [config.r, *config.rank_pattern.values()]
     if any(rank != 1 for rank in ranks) or config.imported_experts:

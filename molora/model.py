@@ -53,11 +53,12 @@ class MoLoraModel(BaseTuner):
         loras = getattr(peft_config, LORAS, None)
         if loras is not None:
             check_base(model, loras)
+        everywhere = str(peft_config.target_modules).lower() == "all-linear"
         check_targets(peft_config, model)
         _maybe_include_all_linear_layers(peft_config, model)
         sizes = text_config(model)
         num_layers = getattr(sizes, "num_hidden_layers", None)
-        restrict_layers(peft_config, num_layers)
+        restrict_layers(peft_config, num_layers, everywhere)
         self._placement = Placement(peft_config, num_layers, getattr(sizes, "hidden_size", None))
         targets = [
             (key, module)

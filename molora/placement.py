@@ -14,6 +14,7 @@ from molora.config import MoLoraConfig
 from molora.errors import TargetModulesError
 from molora.experts import ShardPool
 from molora.groups import RoutingGroup
+from molora.plan import layer_of
 from molora.siblings import SharedInput, input_of
 from molora.targets import is_linear
 
@@ -144,18 +145,28 @@ def _holds_adapters(block: nn.Module) -> bool:
     return any(isinstance(inner, MoLoraLayer) for inner in block.modules() if inner is not block)
 
 
-def restrict_layers(config: MoLoraConfig, num_layers: int | None) -> None:
+def restrict_layers(config: MoLoraConfig, num_layers: int | None, everywhere: bool = False) -> None:
     """Turn `depth_range` into the indices of layers that PEFT restricts targets to.
 
     Args:
         config: Its `layers_to_transform` is set if it has a `depth_range`; `[0.5, 1]` is the deeper half.
         num_layers: Layers of the model, if known.
+        everywhere: The targets are full names, as `all-linear` was asked for. PEFT takes those in any layer, so what
+            is in others is left out here.
 
     Raises:
         TargetModulesError: If the number of layers is not known, or `layers_to_transform` says otherwise.
     """
-    if config.depth_range is None:
-        return
+    if config.depth_range is not None:
+        _from_depth(config, num_layers)
+    if everywhere and config.layers_to_transform is not None and config.target_modules:
+        layers = config.layers_to_transform
+        kept = {layers} if isinstance(layers, int) else set(layers)
+        config.target_modules = {name for name in config.target_modules if layer_of(name) in kept}
+
+
+def _from_depth(config: MoLoraConfig, num_layers: int | None) -> None:
+    assert config.depth_range is not None
     if not num_layers:
         raise TargetModulesError("depth_range needs a model whose config has num_hidden_layers.")
     low, high = config.depth_range

@@ -96,6 +96,10 @@ IMPOSSIBLE |= {
     ),
     "own activation, higher rank": ({**OWN, "r": 2}, ["r:", "set r=1"]),
     "own activation, higher rank somewhere": ({**OWN, "rank_pattern": {"q_proj": 2}}, ["r:", "everywhere"]),
+    "norm of activations, null experts": (
+        {**OWN, "router": "activation_norm", "null_experts": 1},
+        ["null_experts", "leave them out"],
+    ),
     "own activation, null experts": ({**OWN, "null_experts": 1}, ["null_experts", "leave them out"]),
     "own activation, shared experts": ({**OWN, "shared_experts": 1}, ["shared_experts", "leave them out"]),
     "own activation, one A": ({**OWN, "expert_layout": "shared_A"}, ["expert_layout", "rows of A for each expert"]),

@@ -311,6 +311,16 @@ PATTERNS = {
     "list": ({"target_modules": ["q_proj", "v_proj"]}, {"q_proj", "v_proj"}, {0, 1}),
     "regular expression": ({"target_modules": r".*\.mlp\.(up|down)_proj"}, {"up_proj", "down_proj"}, {0, 1}),
     "one layer": ({"target_modules": ["q_proj"], "layers_to_transform": [1]}, {"q_proj"}, {1}),
+    "all of one layer": (
+        {"target_modules": "all-linear", "layers_to_transform": 1},
+        {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
+        {1},
+    ),
+    "all of half the depth": (
+        {"target_modules": "all-linear", "depth_range": [0, 0.5], "exclude_modules": r".*mlp.*"},
+        {"q_proj", "k_proj", "v_proj", "o_proj"},
+        {0},
+    ),
     "all but some": (
         {"exclude_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
         {"gate_proj", "up_proj", "down_proj"},
