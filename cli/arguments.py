@@ -9,6 +9,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from molora_cli import handlers
+from molora_cli.values import count as _count
+from molora_cli.values import indices as _indices
+from molora_cli.values import names as _names
+from molora_cli.values import numbers as _numbers
+from molora_cli.values import positive as _positive
+from molora_cli.values import share as _share
+from molora_cli.values import temperature as _temperature
 
 _RUN_COMMANDS = {
     "train": (handlers.train, "train an adapter as a run file says"),
@@ -16,6 +23,7 @@ _RUN_COMMANDS = {
 }
 _COMPOSE_OPTIONS = ("--base-model", "--adapter", "--preset", "--shots", "--select")
 _TARGETS = "lora, experts or tasks (plain LoRAs), dense (a merged model), gguf-lora or gguf (for llama.cpp)"
+_DTYPES = ("float32", "bfloat16", "float16")
 _CALIBRATE = "rows to fit to, may be given several times; without FILE the data the adapter was trained on"
 _FIELDS = "fields of the adapter to change: --key value, --key=value or key=value; top_k=3"
 _OVERRIDES = "keys of the run file to change: --key value, --key=value or key=value; datasets.0.max_samples=10"
@@ -32,6 +40,8 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         parser.print_help()
         parser.exit(2)
     name = words[0]
+    if name == "serve":
+        return _parse_serve(parser, words)
     if not name.startswith("-") and name not in commands:
         close = difflib.get_close_matches(name, commands, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
@@ -46,6 +56,14 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         return arguments
     file, overrides = split_run_words(words[1:], commands[name])
     return argparse.Namespace(handler=_RUN_COMMANDS[name][0], file=file, overrides=overrides)
+
+
+def _parse_serve(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
+    """Read the words before `--`; those behind it are vLLM's."""
+    end = words.index("--") if "--" in words else len(words)
+    arguments = parser.parse_args(words[:end])
+    arguments.vllm = list(words[end + 1 :])
+    return arguments
 
 
 def split_run_words(words: Sequence[str], parser: argparse.ArgumentParser) -> tuple[str, list[str]]:
@@ -126,6 +144,8 @@ def _build() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser
     _add_export(add("merge", handlers.merge, "merge an adapter into its base model: export --as dense"), merging=True)
     _add_eval(add("eval", handlers.evaluate, "score an adapter or a model with lm-evaluation-harness"))
     _add_prune(add("prune", handlers.prune, "make a trained mixture smaller"))
+    _add_serve(add("serve", handlers.serve, "serve mixtures and plain LoRAs with vLLM"))
+    _add_check_serving(add("check-serving", handlers.check_serving, "say whether vLLM answers as PyTorch does"))
     imports = add("import", handlers.import_adapter, "turn adapters of other libraries into one of molora")
     imports.add_argument(
         "directories", nargs="+", action=_AtLeastTwo, metavar="DIR", help="their folders, and last the new one, OUT"
@@ -205,6 +225,32 @@ def _add_prune(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base-model", metavar="X", help="name or folder; default the one it was trained on")
 
 
+def _add_serve(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "molora serve DIR [DIR ...] [options] [-- VLLM ARGUMENTS]"
+    parser.add_argument("adapters", nargs="+", metavar="DIR", help="folder of an adapter, or NAME=DIR")
+    parser.add_argument("--base-model", metavar="X", help="name or folder; default the one the adapters name")
+    parser.add_argument("--dtype", default="auto", choices=("auto", *_DTYPES), help="default auto: the checkpoint's")
+    parser.add_argument("--host", default="127.0.0.1", metavar="H", help="default 127.0.0.1")
+    parser.add_argument("--port", type=_count, default=8000, metavar="N", help="default 8000")
+    parser.add_argument("--max-loras", type=_count, metavar="N", help="adapters in one batch; default all")
+    parser.add_argument("--max-cpu-loras", type=_count, metavar="N", help="adapters kept in memory")
+    parser.add_argument("--max-lora-rank", type=_count, metavar="R", help="default what the adapters need")
+    parser.add_argument("--hot-load", action="store_true", help="let clients load and unload adapters while it runs")
+    parser.add_argument("--dry-run", action="store_true", help="print the command, and run nothing")
+
+
+def _add_check_serving(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", metavar="DIR", help="the adapter's folder, molora's or PEFT's")
+    parser.add_argument("--prompt", action="append", default=[], help="may be given several times; default six")
+    parser.add_argument("--max-new-tokens", type=_count, default=24, metavar="N", help="default 24")
+    parser.add_argument("--base-model", metavar="X", help="name or folder; default the one it was trained on")
+    parser.add_argument("--dtype", default="float32", choices=_DTYPES, help="on both sides; default float32")
+    parser.add_argument("--tolerance", type=_positive, metavar="X", help="of a log-probability; by dtype")
+    parser.add_argument("--tensor-parallel-size", type=_count, default=1, metavar="N", help="default 1")
+    parser.add_argument("--url", metavar="URL", help="ask a running server, such as http://127.0.0.1:8000")
+    parser.add_argument("--name", metavar="NAME", help="what that server calls the adapter")
+
+
 class _Version(argparse.Action):
     """Print the installed version; looked up only when asked for, to keep start-up short."""
 
@@ -230,59 +276,3 @@ class _AtLeastTwo(argparse.Action):
                 "molora import DIR OUT."
             )
         setattr(namespace, self.dest, values)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}; must be a whole number of at least 1")
-    return int(text)
-
-
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"got {text!r}; must be a number above 0")
-    return value
-
-
-def _names(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}; must be a share between 0 and 1")
-    return value
-
-
-def _indices(text: str) -> list[int]:
-    if not all(part.strip().isdecimal() for part in text.split(",")):
-        raise argparse.ArgumentTypeError(f"got {text!r}; must be indices with commas between them, as in 1,4")
-    return [int(part) for part in text.split(",")]
-
-
-def _numbers(text: str) -> list[float]:
-    try:
-        values = [float(part) for part in text.split(",")]
-    except ValueError:
-        values = [float("nan")]
-    if not all(abs(value) < float("inf") for value in values):
-        raise argparse.ArgumentTypeError(f"got {text!r}; must be numbers with commas between them, as in 0.1,0.2")
-    return values
-
-
-def _temperature(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"got {text!r}; must be a number of at least 0")
-    return value

@@ -105,6 +105,22 @@ def prune(arguments: Namespace) -> int:
     return run(arguments.directory, arguments.out, calibrate=_files(arguments), **options)
 
 
+def serve(arguments: Namespace) -> int:
+    """`molora serve`."""
+    from molora.commands.serve import run
+
+    options = {name: value for name, value in vars(arguments).items() if name not in (*_NOT_OPTIONS, "adapters")}
+    return run(arguments.adapters, **options)
+
+
+def check_serving(arguments: Namespace) -> int:
+    """`molora check-serving`."""
+    from molora.commands.check_serving import run
+
+    options = {name: value for name, value in vars(arguments).items() if name not in (*_NOT_OPTIONS, "prompt")}
+    return run(arguments.directory, prompts=arguments.prompt, **options)
+
+
 def import_adapter(arguments: Namespace) -> int:
     """`molora import`."""
     from molora.commands.import_adapter import run

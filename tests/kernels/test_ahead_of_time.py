@@ -54,6 +54,7 @@ def test_every_kernel_compiles_and_none_spills(compiled):
         "rows_expand_add",
         "rows_partial",
         "rows_route_expand",
+        "route_ranks",
     }
     wrong = complaints(entries, lambda entry: entry["spilled"])
     assert not wrong, f"registers spill; lower the blocks or raise num_warps in tiles.py:\n{wrong}"

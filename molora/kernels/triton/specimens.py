@@ -22,6 +22,7 @@ from molora.kernels.triton.hidden_backward import (
     gate_constants,
     hidden_backward,
 )
+from molora.kernels.triton.route_ranks import OPTIONS, rank_constants, route_ranks
 from molora.kernels.triton.route_shrink import route_shrink, shrink_constants
 from molora.kernels.triton.tiles import Tile, backward_table, expand_table, gradient_table, shrink_table
 from molora.kernels.triton.weight_gradient import gradient_constants, weight_gradient
@@ -96,7 +97,21 @@ def specimens(kind: str = "ampere") -> list[Specimen]:
     found += _routed(kind, "E8 r8 top_k", 8, 8, "top_k", torch.float16)
     for dtype in (torch.float16, torch.float32):
         found += _products(kind, "E8 r8", 8, 8, dtype)
-    return found
+    return [*found, *_served()]
+
+
+def _served() -> Iterator[Specimen]:
+    """The kernel of servers, for small tables and for the largest; it has no products, and no use of wide loads."""
+    for experts, ranks in ((8, 16), (16, 64), (128, 128), (128, 512)):
+        for dtype in ("bf16", "fp32"):
+            types = {"x_ptr": f"*{dtype}", "slots_ptr": "*i64", "ints_ptr": "*i32"}
+            types |= dict.fromkeys(("T", "IN", "x_stride", "SLOTS"), "i32")
+            constants = rank_constants(experts, ranks)
+            signature = {name: types.get(name, "*fp32") for name in route_ranks.arg_names if name not in constants}
+            aligned = tuple(name for name, kind in signature.items() if kind[0] == "*" or name in ("IN", "x_stride"))
+            depth = (OPTIONS["num_warps"], OPTIONS["num_stages"])
+            name = f"route_ranks E{experts} R{ranks}, few rows of {dtype}"
+            yield Specimen(name, route_ranks, signature, constants, *depth, divisible_by_16=aligned)
 
 
 def _routed(kind: str, name: str, experts: int, rank: int, mode: str, dtype: torch.dtype) -> Iterator[Specimen]:
