@@ -27,7 +27,7 @@ def read_adapter_config(directory: str) -> MoLoraConfig:
         values = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         kind = values["peft_type"]
     except (ValueError, KeyError, TypeError) as error:
-        raise unusable(directory, f"has a {CONFIG_FILE} that cannot be read ({error}).") from error
+        raise unusable(directory, f"has an {CONFIG_FILE} that cannot be read ({error}).") from error
     if kind != "MOLORA":
         raise unusable(directory, f"holds an adapter of type {kind}, not MOLORA.")
     if not (folder / WEIGHTS_FILE).is_file():
@@ -36,7 +36,7 @@ def read_adapter_config(directory: str) -> MoLoraConfig:
         config = PeftConfig.from_pretrained(directory)
     except ConfigError as error:
         message = "; ".join(f"{problem.field}: {problem.message}" for problem in error.problems)
-        raise unusable(directory, f"has a {CONFIG_FILE} this molora cannot use: {message}") from error
+        raise unusable(directory, f"has an {CONFIG_FILE} this molora cannot use: {message}") from error
     assert isinstance(config, MoLoraConfig)
     return config
 

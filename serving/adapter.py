@@ -20,12 +20,18 @@ GATES = "molora_gates"
 
 
 def holds_mixture(path: str) -> bool:
-    """Whether a folder's config says that it holds a mixture of molora's."""
+    """Whether a folder's config says that it holds a mixture of molora's.
+
+    Raises:
+        ValueError: If the config cannot be read; of a file that is not there vLLM says so itself.
+    """
     file = Path(get_adapter_absolute_path(path)) / "adapter_config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False  # vLLM says what is wrong
+    except OSError:
+        return False
+    except ValueError as error:
+        raise ValueError(f"its adapter_config.json cannot be read ({error}); is the folder complete?") from error
     return isinstance(config, dict) and config.get("peft_type") == "MOLORA"
 
 
@@ -39,17 +45,17 @@ def load_mixture(worker: Any, request: Any) -> LoRAModel:
     Raises:
         ValueError: If this engine cannot serve it, or the folder is not whole, with what to do instead.
     """
-    from molora.errors import MoloraError
     from molora.serving.skeleton import load_layers
 
     manager = worker._adapter_manager
     path = get_adapter_absolute_path(request.lora_path)
-    _check_engine(manager)
     try:
+        _check_engine(manager)
         layers = load_layers(path, manager.model.config)
         return _model(manager, request.lora_int_id, layers)
-    except MoloraError as error:
-        raise ValueError(f"{request.lora_name}: {error}") from error
+    except ValueError as error:  # molora's errors are such
+        folder = "" if str(path) in str(error) else f" ({path})"
+        raise ValueError(f"{request.lora_name}{folder}: {error}") from error
 
 
 def _model(manager: Any, lora_id: int, layers: dict[str, Any]) -> LoRAModel:

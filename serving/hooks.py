@@ -70,8 +70,10 @@ def _loading(plain: Any) -> Any:
 
     @functools.wraps(plain)
     def load_adapter(self: Any, lora_request: Any) -> Any:
-        if holds_mixture(lora_request.lora_path):
-            return load_mixture(self, lora_request)
-        return plain(self, lora_request)
+        try:
+            is_ours = holds_mixture(lora_request.lora_path)
+        except ValueError as error:  # vLLM's server shows no paths, so the name has to say which it is
+            raise ValueError(f"{lora_request.lora_name}: {error}") from error
+        return load_mixture(self, lora_request) if is_ours else plain(self, lora_request)
 
     return load_adapter

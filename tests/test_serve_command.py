@@ -60,7 +60,7 @@ def values(words, flag):
 
 def test_the_command_names_base_and_adapters_and_has_room_for_the_widest():
     words = command(TWO).words
-    assert words[:2] == ("-m", SERVER)
+    assert words[:3] == ("-P", "-m", SERVER)
     expected = {
         "--model": ["org/base"],
         "--served-model-name": ["base", "org/base"],
@@ -366,7 +366,7 @@ def test_the_server_takes_the_place_of_the_process(work, monkeypatch, capsys):
     needs_plugin, (path, words, environment) = started
     assert needs_plugin
     assert path == words[0]
-    assert words[1:3] == ["-m", SERVER]
+    assert words[1:4] == ["-P", "-m", SERVER]
     assert {name: environment[name] for name in (HOT_LOAD, KV_CACHE, "KEPT")} == {
         HOT_LOAD: "True",
         KV_CACHE: "4",

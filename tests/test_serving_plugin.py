@@ -532,6 +532,16 @@ def test_one_matrix_for_all_slices_routes_them_alike(engine, adapters):
     assert wrapper.rows[1] == [6, 6, 6]
 
 
+def test_tokens_are_taken_slot_by_slot_in_the_order_in_which_they_come(plugin):
+    """Processes may hold one adapter in different slots, and have to reduce its products at one time."""
+    plugin.register()
+    tokens_by_slot = part("layer").tokens_by_slot
+    of_one = tokens_by_slot(torch.tensor([2, -1, 0, 2]))
+    of_other = tokens_by_slot(torch.tensor([0, -1, 2, 0]))
+    assert [(slot, found.tolist()) for slot, found in of_one] == [(2, [0, 3]), (0, [2])]
+    assert [found.tolist() for _, found in of_one] == [found.tolist() for _, found in of_other]
+
+
 def test_a_matrix_that_covers_several_slices_is_spread_over_them(engine):
     """As vLLM's `expand_packed_lora` does: of two members, the first may hold three slices of four."""
     linear = type(engine.layers[ATTENTION.format(0) + "qkv_proj"])(32, [8, 8, 8, 16])
@@ -551,7 +561,7 @@ def test_two_processes_that_share_a_linear_answer_as_one(name, vllm, plugin, ada
         barrier.wait()
         total = sum(parts[key] for key in sorted(parts))
         barrier.wait()
-        return total
+        return input_.copy_(total)  # in place, as on CPUs
 
     engines = [Engine(vllm, plugin, tp_size=2) for _ in range(2)]
     monkeypatch.setattr(part("layer"), "tensor_model_parallel_all_reduce", all_reduce)
@@ -700,7 +710,14 @@ def test_a_folder_that_is_not_whole_is_an_error_for_the_request_alone(spoil, sai
     assert engine.manager.lora_index_to_id == [None] * SLOTS
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"peft_type": "LORA"}', "{}", None])
+def test_a_config_that_cannot_be_read_is_named(plugin, tmp_path):
+    plugin.register()
+    (tmp_path / "adapter_config.json").write_text('{"r": 4,')
+    with pytest.raises(ValueError, match=r"adapter_config\.json cannot be read"):
+        part("adapter").holds_mixture(str(tmp_path))
+
+
+@pytest.mark.parametrize("text", ["[]", '{"peft_type": "LORA"}', "{}", None])
 def test_a_folder_that_says_no_mixture_is_vllms_to_read(text, plugin, tmp_path):
     plugin.register()
     if text is not None:

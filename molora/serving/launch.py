@@ -174,7 +174,8 @@ def build(adapters: Sequence[ServedAdapter], base: str, options: Options, machin
     environment = cpu_environment(machine, given)
     if options.hot_load:
         environment[HOT_LOAD] = "True"
-    return Launch(("-m", SERVER, *words, *options.vllm), environment)
+    # -P: what lies in the current folder is none of the server's.
+    return Launch(("-P", "-m", SERVER, *words, *options.vllm), environment)
 
 
 def cpu_environment(machine: Machine, given: Mapping[str, str | None]) -> dict[str, str]:

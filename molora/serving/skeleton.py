@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import re
 import warnings
 from pathlib import Path
@@ -14,8 +16,9 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from molora.adapters import read_adapter_config, read_adapter_tensors
-from molora.errors import MoloraError
-from molora.folders import unusable
+from molora.config import MoLoraConfig
+from molora.errors import MoloraError, did_you_mean
+from molora.folders import CONFIG_FILE, unusable
 from molora.plain.fixed import layers_of
 from molora.serving.ranks import unservable
 from molora.serving.refusals import why_not, why_not_module, why_not_place
@@ -39,6 +42,7 @@ def load_layers(directory: str | Path, base: PretrainedConfig) -> dict[str, Any]
     """
     directory = str(directory)
     config = read_adapter_config(directory)
+    _check_fields(directory)
     if (reason := why_not(config)) is not None:
         raise unservable(directory, reason)
     tensors = read_adapter_tensors(directory)
@@ -52,7 +56,11 @@ def load_layers(directory: str | Path, base: PretrainedConfig) -> dict[str, Any]
     except (MoloraError, RuntimeError, ValueError, KeyError) as error:
         raise unusable(directory, f"does not fit the base model that is served: {error}") from error
     if loaded.unexpected_keys:
-        raise unusable(directory, f"has tensors that its config does not explain: {_some(loaded.unexpected_keys)}.")
+        message = (
+            f"has tensors that its config and the base model that is served do not explain: "
+            f"{_some(loaded.unexpected_keys)}; was it trained on another base model?"
+        )
+        raise unusable(directory, message)
     layers: dict[str, Any] = layers_of(model, ADAPTER)
     missing = [name for name, value in _values(model) if value.is_meta]
     if missing:
@@ -61,6 +69,16 @@ def load_layers(directory: str | Path, base: PretrainedConfig) -> dict[str, Any]
         if (reason := why_not_place(key) or why_not_module(config, layer.molora_plan[ADAPTER])) is not None:
             raise unservable(f"{directory} ({key})", reason)
     return {key: layer.eval() for key, layer in layers.items()}
+
+
+def _check_fields(directory: str) -> None:
+    """Refuse a field that nobody here reads, which PEFT drops with a warning: it might say how experts are chosen."""
+    given = json.loads((Path(directory) / CONFIG_FILE).read_text(encoding="utf-8"))
+    known = [entry.name for entry in dataclasses.fields(MoLoraConfig)]
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        hint = did_you_mean(unknown[0], known) or " Was it written by a newer molora or PEFT?"
+        raise unusable(directory, f"has an {CONFIG_FILE} with unknown fields: {', '.join(unknown)}.{hint}")
 
 
 def _named(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

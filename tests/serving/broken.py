@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from broken_folders import CASES
 from checks import Answer, Reference, Report, compare, read_reference
@@ -58,7 +59,7 @@ def _load(server: Server, name: str, folder: Path) -> str:
 
 def without_plugin(report: Report, reference: Reference) -> None:
     """Let a vLLM load a mixture that does not know molora; and then the same vLLM a plain LoRA."""
-    job = {
+    job: dict[str, Any] = {
         "engine": {
             "model": reference.base,
             "dtype": "float32",

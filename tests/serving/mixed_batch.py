@@ -75,7 +75,7 @@ def serve(report: Report, reference: Reference, slots: int, processes: int) -> N
     """Ask everything at once, twice, and backwards."""
     names = list(reference.runs)
     batch: Batch = [(name, prompt) for prompt in range(len(reference.prompts)) for name in names]
-    job = {
+    job: dict[str, Any] = {
         "engine": engine_options(reference, slots, len(batch), processes),
         "adapters": reference.adapters,
         "prompts": reference.prompts,

@@ -56,7 +56,9 @@ def main(work: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base)
     # More tokens than a block of vLLM's cache has, so that prefixes are cached.
     rows = [read_rows(task, "test", 1)[0]["prompt"] for task in TASKS]
-    chats = [tokenizer.apply_chat_template(row, add_generation_prompt=True, return_dict=True) for row in rows]
+    chats: list[Any] = [
+        tokenizer.apply_chat_template(row, add_generation_prompt=True, return_dict=True) for row in rows
+    ]
     prompts = [list(chat["input_ids"]) for chat in chats]
     write_references(small, base, prompts, NEW_TOKENS, "recommended")
     make_tiny(tiny, tokenizer)
