@@ -6,6 +6,8 @@ by the processes that hold the model, as the tables that route have to be there 
 
 from __future__ import annotations
 
+import logging
+
 __all__ = ["register"]
 
 
@@ -15,11 +17,9 @@ def register() -> None:
     If this vLLM is not one that the plug-in fits, nothing is changed but the log: vLLM then refuses folders of
     mixtures by itself, as it knows no tensors of such names.
     """
-    from vllm.logger import init_logger
-
     from molora_vllm.compatibility import differences, is_tested, versions
 
-    logger = init_logger("vllm.plugins.molora")  # below `vllm`, whose handler prints it
+    logger = logging.getLogger("vllm.plugins.molora")  # below `vllm`, whose handler prints it
     found = differences()
     if found:
         logger.error(

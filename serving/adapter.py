@@ -18,6 +18,9 @@ from molora_vllm.layer import RoutedWrapper
 GATES = "molora_gates"
 """Attribute of a `LoRAModel` that holds a mixture: its gates by the names of linears in vLLM."""
 
+BASE, MISSING = "molora_base", "molora_missing"
+"""Attributes of a `LoRAModelManager`: the config of its base model; why molora cannot route there, or `None`."""
+
 
 def holds_mixture(path: str) -> bool:
     """Whether a folder's config says that it holds a mixture of molora's.
@@ -25,8 +28,8 @@ def holds_mixture(path: str) -> bool:
     Raises:
         ValueError: If the config cannot be read; of a file that is not there vLLM says so itself.
     """
-    file = Path(get_adapter_absolute_path(path)) / "adapter_config.json"
     try:
+        file = Path(get_adapter_absolute_path(path)) / "adapter_config.json"
         config = json.loads(file.read_text(encoding="utf-8"))
     except OSError:
         return False
@@ -45,14 +48,16 @@ def load_mixture(worker: Any, request: Any) -> LoRAModel:
     Raises:
         ValueError: If this engine cannot serve it, or the folder is not whole, with what to do instead.
     """
-    from molora.serving.skeleton import load_layers
-
     manager = worker._adapter_manager
     path = get_adapter_absolute_path(request.lora_path)
     try:
         _check_engine(manager)
-        layers = load_layers(path, manager.model.config)
+        from molora.serving.skeleton import load_layers
+
+        layers = load_layers(path, getattr(manager, BASE))
         return _model(manager, request.lora_int_id, layers)
+    except ImportError as error:
+        raise ValueError(f"{request.lora_name}: molora cannot be imported ({error}); `pip install molora`.") from error
     except ValueError as error:  # molora's errors are such
         folder = "" if str(path) in str(error) else f" ({path})"
         raise ValueError(f"{request.lora_name}{folder}: {error}") from error
@@ -84,6 +89,8 @@ def _model(manager: Any, lora_id: int, layers: dict[str, Any]) -> LoRAModel:
 
 
 def _check_engine(manager: Any) -> None:
+    if (missing := getattr(manager, MISSING)) is not None:
+        raise ValueError(f"molora cannot be imported ({missing}); `pip install molora`, and start the server again.")
     if manager.lora_config.fully_sharded_loras:
         raise ValueError(
             "mixtures of experts cannot be served with --fully-sharded-loras, which multiplies A and B apart; leave "

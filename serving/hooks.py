@@ -1,19 +1,26 @@
-"""Where vLLM is changed: three methods, each of which does what it did before and then something more."""
+"""Where vLLM is changed: four methods, each of which does what it did before and then something more."""
 
 from __future__ import annotations
 
 import functools
+import hashlib
+import inspect
+import logging
+from importlib.metadata import version
 from typing import Any
 
+import torch
+from vllm.config.lora import LoRAConfig
 from vllm.lora.layers import ClassificationHeadWithLoRA
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.lora.model_manager import LoRAModelManager
 from vllm.lora.worker_manager import WorkerLoRAManager
 
-from molora_vllm.adapter import GATES, holds_mixture, load_mixture
+from molora_vllm.adapter import BASE, GATES, MISSING, holds_mixture, load_mixture
 from molora_vllm.layer import RoutedWrapper, SlotTokens
 
 _INSTALLED = "_molora_installed"
+logger = logging.getLogger("vllm.plugins.molora")
 
 
 def install() -> None:
@@ -24,14 +31,22 @@ def install() -> None:
     LoRAModelManager.__init__ = _routing(LoRAModelManager.__init__)
     LoRAModelManager.activate_adapter = _activating(LoRAModelManager.activate_adapter)
     WorkerLoRAManager._load_adapter = _loading(WorkerLoRAManager._load_adapter)
+    LoRAConfig.compute_hash = _hashing(LoRAConfig.compute_hash)
 
 
 def _routing(plain: Any) -> Any:
     """Every linear that takes LoRAs gets a wrapper of its own, which can route."""
+    parameters = inspect.signature(plain)
 
     @functools.wraps(plain)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         plain(self, *args, **kwargs)
+        given = parameters.bind(self, *args, **kwargs).arguments
+        setattr(self, BASE, given["vllm_config"].model_config.hf_config)
+        device = torch.device(self.device).type
+        setattr(self, MISSING, _missing() if device == "cuda" else None)
+        if device not in ("cpu", "cuda") or getattr(self, MISSING) is not None:
+            return  # LoRAs go on as before, and mixtures are refused
         tokens: dict[int, SlotTokens] = {}
         for layer in self.modules.values():
             if isinstance(layer, BaseLinearLayerWithLoRA) and not isinstance(layer, ClassificationHeadWithLoRA):
@@ -41,6 +56,27 @@ def _routing(plain: Any) -> Any:
                 layer.set_mapping(RoutedWrapper(shared, layer, tokens[id(shared)]))
 
     return init
+
+
+def _missing() -> str | None:
+    """Why molora cannot be imported, which routes on a GPU from the start; `None` if it can."""
+    try:
+        import molora.serving.op  # noqa: F401
+    except ImportError as error:
+        logger.error("mixtures of experts are refused: molora cannot be imported (%s); `pip install molora`.", error)
+        return str(error)
+    return None
+
+
+def _hashing(plain: Any) -> Any:
+    """Graphs that were compiled without the plug-in, or with another version of it, are others: they may not route."""
+
+    @functools.wraps(plain)
+    def compute_hash(self: Any) -> str:
+        text = f"{plain(self)} molora {version('molora')}"
+        return hashlib.sha256(text.encode(), usedforsecurity=False).hexdigest()
+
+    return compute_hash
 
 
 def _activating(plain: Any) -> Any:

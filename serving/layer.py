@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -72,8 +73,12 @@ class RoutedWrapper:
 
             self._route = route_ranks
             self.tables = SlotTables(self.slices, slots, self.max_rank, device=layer.device)
+            for slot, index in itertools.product(range(slots), range(self.slices)):
+                self.tables.write(slot, index, None)
 
     def __getattr__(self, name: str) -> Any:
+        if name == "wrapper" or name.startswith("__"):  # while it is being copied, there is none yet
+            raise AttributeError(name)
         return getattr(self.wrapper, name)
 
     def why_not(self, gate: Gate) -> str | None:
@@ -97,9 +102,10 @@ class RoutedWrapper:
         for index, member in enumerate(self._members(ups)):
             down = None if member is None else downs[member]
             gate = None if member is None or down is None else gates[member]
+            changed = gate is not None or self.gates[slot][index] is not None
             self.gates[slot][index] = gate
             self.rows[slot][index] = 0 if down is None else len(down)
-            if self.tables is not None:
+            if self.tables is not None and changed:
                 self.tables.write(slot, index, gate)
 
     def _members(self, ups: list[Tensor | None]) -> list[int | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import importlib
 import importlib.util
 import json
@@ -22,7 +23,9 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from molora.plain.fixed import layers_of
+from molora.serving.op import reference
 from molora.serving.pack import pack
+from molora.serving.tables import SlotTables
 
 PLUGIN = Path(__file__).parents[1] / "serving"
 SLOTS, RANK = 3, 64
@@ -77,12 +80,20 @@ def stand_in():
 
         def update_metadata(self, mapping, lora_index_to_id, max_loras, vocab_size, **kwargs):
             self.token_lora_indices = torch.tensor(mapping)
+            self._token_lora_indices = torch.tensor([*mapping, 1, 99, -7])  # longer, with what was there before
 
         def add_shrink(self, y, x, lora_a_stacked, scale, **kwargs):
-            raise NotImplementedError
+            """As on a GPU: nothing is written for tokens without an adapter."""
+            y.fill_(torch.nan)
+            for token, slot in enumerate(self.token_lora_indices.tolist()):
+                for index, down in enumerate(lora_a_stacked if slot >= 0 else ()):
+                    y[index, token] = down[slot, 0] @ x[token] * scale
 
         def add_expand(self, y, x, lora_b_stacked, output_slices, offset_start=0, add_inputs=True, **kwargs):
-            raise NotImplementedError
+            for token, slot in enumerate(self.token_lora_indices.tolist()):
+                ups = [up[slot, 0] @ x[index, token] for index, up in enumerate(lora_b_stacked)] if slot >= 0 else []
+                if ups:
+                    y[token] = torch.cat(ups) + (y[token] if add_inputs else 0)
 
         def add_lora_linear(
             self, y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, *, buffer=None, **kwargs
@@ -133,6 +144,10 @@ def stand_in():
                 layer.set_lora(index, weights.lora_a, weights.lora_b) if weights else layer.reset_lora(index)
             return True
 
+    class Config:
+        def compute_hash(self):
+            return "hash"
+
     class Worker:
         def __init__(self, manager):
             self._adapter_manager = manager
@@ -161,7 +176,8 @@ def stand_in():
     names = {
         "vllm": {"__version__": "0.32.0+cpu"},
         "vllm.envs": {"VLLM_LORA_ENABLE_DUAL_STREAM": False},
-        "vllm.logger": {"init_logger": logging.getLogger},
+        "vllm.config": {},
+        "vllm.config.lora": {"LoRAConfig": Config},
         "vllm.distributed": {"tensor_model_parallel_all_reduce": all_reduce},
         "vllm.utils": {},
         "vllm.utils.torch_utils": {"PIN_MEMORY": False},
@@ -226,7 +242,9 @@ def part(name):
 def changed(vllm):
     """What the plug-in replaces."""
     manager = vllm["vllm.lora.model_manager"].LoRAModelManager
-    return manager.__init__, manager.activate_adapter, vllm["vllm.lora.worker_manager"].WorkerLoRAManager._load_adapter
+    worker = vllm["vllm.lora.worker_manager"].WorkerLoRAManager
+    config = vllm["vllm.config.lora"].LoRAConfig
+    return manager.__init__, manager.activate_adapter, worker._load_adapter, config.compute_hash
 
 
 def holder_of(vllm, name):
@@ -308,6 +326,40 @@ def test_another_version_that_looks_the_same_is_used_with_a_warning(vllm, plugin
     assert all(new is not old for new, old in zip(changed(vllm), before, strict=True))
 
 
+def test_graphs_compiled_without_the_plug_in_are_others(vllm, plugin):
+    config = vllm["vllm.config.lora"].LoRAConfig()
+    before = config.compute_hash()
+    plugin.register()
+    assert config.compute_hash() not in (before, "")
+    assert config.compute_hash() == config.compute_hash()
+
+
+def test_an_engine_whose_modules_cannot_be_read_goes_on(vllm, plugin, caplog, monkeypatch):
+    """Plug-ins are called in every engine, with LoRAs or without; none may end for ours."""
+    plain = importlib.import_module
+
+    def broken(name):
+        if name == "vllm.lora.model_manager":
+            raise AttributeError("another vLLM")
+        return plain(name)
+
+    monkeypatch.setattr(part("compatibility").importlib, "import_module", broken)
+    plugin.register()
+    assert "there is no LoRAModelManager" in caplog.records[0].getMessage()
+
+
+def test_other_devices_keep_what_they_had(vllm, plugin):
+    engine = Engine(vllm, plugin, device="meta")
+    assert all(layer.punica_wrapper is engine.manager.shared for layer in engine.layers.values())
+
+
+def test_a_wrapper_can_be_copied(engine):
+    wrapper = next(iter(engine.layers.values())).punica_wrapper
+    assert copy.copy(wrapper).gates == wrapper.gates
+    with pytest.raises(AttributeError):
+        wrapper.__deepcopy__  # noqa: B018
+
+
 def test_registering_twice_installs_once_and_says_nothing(vllm, plugin, caplog):
     plugin.register()
     once = changed(vllm)
@@ -320,7 +372,7 @@ def test_registering_twice_installs_once_and_says_nothing(vllm, plugin, caplog):
 class Engine:
     """A model of a tiny Llama's linears, with the plug-in installed before its manager is made."""
 
-    def __init__(self, vllm, plugin, tp_size=1, **lora_config):
+    def __init__(self, vllm, plugin, tp_size=1, device="cpu", **lora_config):
         plugin.register()
         linear = vllm["vllm.lora.layers.base_linear"].BaseLinearLayerWithLoRA
         row = vllm["vllm.lora.layers.row_parallel_linear"].RowParallelLinearWithLoRA
@@ -342,7 +394,8 @@ class Engine:
         manager = vllm["vllm.lora.model_manager"].LoRAModelManager
         model = SimpleNamespace(config=config, linears=self.layers)
         settings = SimpleNamespace(**fields | lora_config)
-        self.manager = manager(model, 4, 64, 100, settings, torch.device("cpu"), None)
+        whole = SimpleNamespace(model_config=SimpleNamespace(hf_config=config))
+        self.manager = manager(model, 4, 64, 100, settings, torch.device(device), whole)
         self.worker = vllm["vllm.lora.worker_manager"].WorkerLoRAManager(self.manager)
         self.ids = 0
 
@@ -372,6 +425,18 @@ class Engine:
 @pytest.fixture
 def engine(vllm, plugin):
     return Engine(vllm, plugin)
+
+
+def as_on_gpu(engine):
+    """Let an engine go the way of GPUs: vLLM's products, and between them one operation that reads tables."""
+    for layer in engine.layers.values():
+        wrapper = layer.punica_wrapper
+        wrapper.tables = SlotTables(wrapper.slices, SLOTS, RANK)
+        for slot in range(SLOTS):
+            for index in range(wrapper.slices):
+                wrapper.tables.write(slot, index, None)
+        wrapper._route = lambda buffer, products, x, slots, tables: reference(buffer, products, x, slots, tables.gates)
+    return engine
 
 
 MIXTURES = {
@@ -436,8 +501,10 @@ def close(one, other):
     torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("gpu", [False, True], ids=["cpu", "gpu"])
 @pytest.mark.parametrize("name", MIXTURES)
-def test_a_batch_of_several_adapters_gets_of_each_token_its_own(name, engine, adapters):
+def test_a_batch_of_several_adapters_gets_of_each_token_its_own(name, gpu, engine, adapters):
+    engine = as_on_gpu(engine) if gpu else engine
     chosen = [name, "plain", "threshold"]
     slots = {engine.load(adapters(one)[0]): one for one in chosen}
     assert list(slots) == [0, 1, 2]
@@ -748,7 +815,8 @@ def test_classification_heads_keep_vllms_wrapper(vllm, plugin):
     plugin.register()
     head = vllm["vllm.lora.layers"].ClassificationHeadWithLoRA(32, [3])
     config = SimpleNamespace(config=None, linears={"score": head})
-    manager = vllm["vllm.lora.model_manager"].LoRAModelManager(config, 1, 1, 1, None, torch.device("cpu"), None)
+    whole = SimpleNamespace(model_config=SimpleNamespace(hf_config=None))
+    manager = vllm["vllm.lora.model_manager"].LoRAModelManager(config, 1, 1, 1, None, torch.device("cpu"), whole)
     assert head.punica_wrapper is manager.shared
 
 

@@ -76,10 +76,13 @@ def run(
     ranks = {key: adapter_rank(folders[key], config, precision) for key, config in configs.items()}
     template, note = (None, None) if "chat-template" in given else _template(base, folders)
     launch = build(
-        [ServedAdapter(key, folders[key], rank) for key, rank in ranks.items()],
+        [
+            ServedAdapter(key, folders[key], rank, isinstance(configs[key], MoLoraConfig))
+            for key, rank in ranks.items()
+        ],
         base,
         Options(
-            base_names=tuple(dict.fromkeys([Path(name).name, name])),
+            base_names=tuple(dict.fromkeys([Path(name).expanduser().absolute().name, name])),
             dtype=dtype,
             hot_load=hot_load,
             chat_template=template,

@@ -196,7 +196,7 @@ def _http(url: str, body: Mapping[str, Any] | None = None) -> Any:
     request = urllib.request.Request(
         url,
         data=None if body is None else json.dumps(body).encode(),
-        headers={"Content-Type": "application/json"},
+        headers={"Content-Type": "application/json", **_authorization()},
     )
     try:
         with urllib.request.urlopen(request, timeout=_SECONDS) as response:
@@ -207,6 +207,12 @@ def _http(url: str, body: Mapping[str, Any] | None = None) -> Any:
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
         raise MoloraError(f"{url} cannot be asked: {reason}. Is the server up, and is this its address?") from error
+
+
+def _authorization() -> dict[str, str]:
+    """For servers that ask for a key."""
+    key = os.environ.get("VLLM_API_KEY") or os.environ.get("OPENAI_API_KEY")
+    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 def _failure(code: int, found: Mapping[str, Any], log: str) -> str:

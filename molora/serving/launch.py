@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,14 +19,18 @@ SERVER = "vllm.entrypoints.openai.api_server"
 HOT_LOAD = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
 KV_CACHE, THREADS, DUAL_STREAM = "VLLM_CPU_KVCACHE_SPACE", "VLLM_CPU_OMP_THREADS_BIND", "VLLM_LORA_ENABLE_DUAL_STREAM"
 
-_SHORT = {"-tp": "tensor-parallel-size", "-pp": "pipeline-parallel-size"}
-_REFUSED = {
+_SHORT = {"-tp": "tensor-parallel-size", "-pp": "pipeline-parallel-size", "-dp": "data-parallel-size"}
+_REFUSED_OF_MIXTURES = {
     "fully-sharded-loras": "vLLM then multiplies with A and B apart, and the experts would not be weighed in between; "
     "leave it out. Adapters are sharded by tensor parallel size without it.",
+}
+_REFUSED = {
     "no-enable-lora": "a mixture is served the way a LoRA is; leave it out.",
     "lora-modules": "name adapters before the `--`, as DIR or NAME=DIR, so that they are checked too.",
 }
 _CACHE_GIB = 4
+
+NO_FLOAT32 = "got float32, and vLLM's LoRA kernels for GPUs take 16 bits only; give bfloat16 or float16."
 
 
 @dataclass(frozen=True)
@@ -36,11 +41,13 @@ class ServedAdapter:
         name: What requests call it.
         path: Its folder.
         rank: The rank it takes.
+        is_mixture: Whether it is one of molora's, and no plain LoRA.
     """
 
     name: str
     path: str
     rank: int
+    is_mixture: bool = True
 
 
 @dataclass(frozen=True)
@@ -191,7 +198,8 @@ def cpu_environment(machine: Machine, given: Mapping[str, str | None]) -> dict[s
     # Left alone, vLLM asks for nearly all memory there is, and stops if something else has some of it.
     if not {"kv-cache-memory-bytes", "gpu-memory-utilization"} & set(given):
         found[KV_CACHE] = str(min(max(machine.free_bytes // 2**30 // 4, 1), _CACHE_GIB))
-    processes = (_number(given, "tensor-parallel-size") or 1) * (_number(given, "pipeline-parallel-size") or 1)
+    sizes = ("tensor-parallel-size", "pipeline-parallel-size", "data-parallel-size")
+    processes = math.prod(_number(given, size) or 1 for size in sizes)
     if processes > max(machine.numa_nodes, 1):
         # Left alone, it wants a memory node for every process.
         share = len(machine.cpus) // processes
@@ -217,8 +225,12 @@ def _problems(
     given: Mapping[str, str | None],
     machine: Machine,
 ) -> Iterator[Problem]:
-    yield from (Problem(f"--{name}", reason) for name, reason in _REFUSED.items() if name in given)
-    if machine.environment.get(DUAL_STREAM, "0").lower() in ("1", "true"):
+    mixtures = any(adapter.is_mixture for adapter in adapters)
+    refused = {**_REFUSED, **(_REFUSED_OF_MIXTURES if mixtures else {})}
+    yield from (Problem(f"--{name}", reason) for name, reason in refused.items() if name in given)
+    if (given.get("dtype") or options.dtype) in ("float32", "float") and machine.on_gpu:
+        yield Problem("--dtype", NO_FLOAT32)
+    if mixtures and machine.environment.get(DUAL_STREAM, "0").lower() in ("1", "true"):
         yield Problem(DUAL_STREAM, "is set, and mixtures do not go through that path of vLLM; unset it.")
     for adapter in adapters:
         if adapter.name in options.base_names:
@@ -247,6 +259,6 @@ def _number(given: Mapping[str, str | None], name: str) -> int | None:
 
 def _module(adapter: ServedAdapter) -> str:
     """An adapter in vLLM's `--lora-modules`, in JSON where the short form would be misread."""
-    if "," not in adapter.name + adapter.path:
+    if "," not in adapter.name + adapter.path and "=" not in adapter.name:
         return f"{adapter.name}={adapter.path}"
     return json.dumps({"name": adapter.name, "path": adapter.path})

@@ -28,6 +28,7 @@ class Machine:
 
     Attributes:
         on_cpu: Whether it is vLLM for CPUs.
+        on_gpu: Whether it is one for GPUs; neither where none is installed.
         cpus: Numbers of the CPUs this process may use.
         numa_nodes: Memory nodes.
         free_bytes: Free memory.
@@ -35,6 +36,7 @@ class Machine:
     """
 
     on_cpu: bool = False
+    on_gpu: bool = False
     cpus: tuple[int, ...] = (0,)
     numa_nodes: int = 1
     free_bytes: int = 0
@@ -45,7 +47,13 @@ def this_machine() -> Machine:
     """What is true here and now."""
     cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     nodes = sum(1 for _ in Path("/sys/devices/system/node").glob("node[0-9]*"))
-    return Machine(_on_cpu(), tuple(sorted(cpus)), nodes, _free_bytes(), dict(os.environ))
+    on_cpu = _on_cpu()
+    return Machine(on_cpu, is_installed() and not on_cpu, tuple(sorted(cpus)), nodes, _free_bytes(), dict(os.environ))
+
+
+def is_installed() -> bool:
+    """Whether there is a vLLM."""
+    return importlib.util.find_spec("vllm") is not None
 
 
 def check_vllm(needs_plugin: bool) -> None:
@@ -63,7 +71,7 @@ def check_vllm(needs_plugin: bool) -> None:
 
 
 def _problems(needs_plugin: bool) -> Iterator[Problem]:
-    if importlib.util.find_spec("vllm") is None:
+    if not is_installed():
         yield Problem("", f"it is not installed. {INSTALL}.")
         return
     if needs_plugin and not any(point.name == PLUGIN for point in entry_points(group=PLUGIN_GROUP)):

@@ -49,7 +49,9 @@ def load_layers(directory: str | Path, base: PretrainedConfig) -> dict[str, Any]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # advice for training
-            model = PeftModel(_skeleton(base), config, adapter_name=ADAPTER)
+            skeleton = _skeleton(base)
+            with torch.device("meta"):  # nothing is drawn that is replaced below
+                model = PeftModel(skeleton, config, adapter_name=ADAPTER)
             # Assigned instead of copied, and not by PEFT, which would move it all to where the base model has its
             # weights: nowhere. What is not in the file stays there too, and is found below.
             loaded = model.load_state_dict(_named(tensors), strict=False, assign=True)
