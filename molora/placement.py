@@ -66,6 +66,13 @@ class Placement:
                 "blocks in `ffn_modules` and their linears in `target_modules`."
             )
         for block, keys in blocks.items():
+            parts = sorted({key.rpartition(".")[0] for key in keys})
+            if len(parts) > 1:
+                inner = parts[-1].rpartition(".")[2]
+                raise TargetModulesError(
+                    f"the block {block} has linears in {' and in '.join(parts)}, which do not follow each other; name "
+                    f"the one whose linears an expert shall span in `ffn_modules`, such as [{inner}]."
+                )
             left_out = [name for name in linears if name.startswith(f"{block}.") and name not in keys]
             if left_out or len(keys) < 2:
                 raise TargetModulesError(

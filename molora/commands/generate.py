@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from molora.adapters import read_adapter_config, read_adapter_tensors
 from molora.commands.needs import reads_scores, reads_tasks, scores_per_row, task_id
@@ -28,7 +29,7 @@ def run(
     task: str | None = None,
     scores: list[float] | None = None,
 ) -> int:
-    """Print the answer to each prompt.
+    """Print the answer to each prompt, while it comes.
 
     Args:
         directory: Folder of the adapter.
@@ -45,14 +46,39 @@ def run(
     """
     config = read_adapter_config(directory)
     read_adapter_tensors(directory)  # a damaged file is better found before the base model is loaded
-    given = _routing_inputs(directory, config, task, scores)
+    given = routing_inputs_for(directory, config, task, scores)
     model, tokenizer = load_adapted(directory, config, base_model)
     for prompt in prompts:
-        print(answer(model, tokenizer, prompt, max_new_tokens, temperature, given), flush=True)  # noqa: T201
+        answer(model, tokenizer, [user(prompt)], max_new_tokens, temperature, given, Streamer(tokenizer))
     return 0
 
 
-def _routing_inputs(
+class Streamer(TextStreamer):
+    """Writes an answer while it comes, without white space around it, and ends the line."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._spaces: str | None = None
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Write what is certain; white space waits until something follows it."""
+        kept = text.rstrip()
+        if kept:
+            sys.stdout.write(kept.lstrip() if self._spaces is None else self._spaces + kept)
+            self._spaces = text[len(kept) :]
+        elif self._spaces is not None:
+            self._spaces += text
+        if stream_end:
+            sys.stdout.write("\n")
+        sys.stdout.flush()
+
+
+def user(text: str) -> dict[str, str]:
+    """A message of the user."""
+    return {"role": "user", "content": text}
+
+
+def routing_inputs_for(
     directory: str, config: MoLoraConfig, task: str | None, scores: list[float] | None
 ) -> dict[str, torch.Tensor]:
     """What the adapter's routing is given besides the tokens; one row holds for any batch."""
@@ -82,29 +108,48 @@ def _routing_inputs(
     return given
 
 
+def encoded(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> Any:
+    """Token ids `[1, S]` of a conversation, through the chat template if there is one; else of its last message."""
+    if not tokenizer.chat_template:
+        return tokenizer(messages[-1]["content"], return_tensors="pt")
+    return tokenizer.apply_chat_template(
+        [dict(message) for message in messages], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+
+
 @torch.no_grad()
 def answer(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
+    messages: Sequence[Mapping[str, str]],
     max_new_tokens: int,
     temperature: float,
     given: Mapping[str, torch.Tensor],
-) -> str:
-    """Continue one prompt and return only what is new; `given` are further keywords, for the routing."""
-    messages = [{"role": "user", "content": prompt}]
-    inputs: Any = (
-        tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-        if tokenizer.chat_template
-        else tokenizer(prompt, return_tensors="pt")
-    )
+    streamer: TextStreamer | None = None,
+) -> torch.Tensor:
+    """Continue a conversation.
+
+    Args:
+        model: The adapted model.
+        tokenizer: Its tokenizer.
+        messages: The conversation; without a chat template its last message is what is continued.
+        max_new_tokens: Longest answer.
+        temperature: 0 takes the most probable token each time.
+        given: Further keywords, for the routing.
+        streamer: Told of every token.
+
+    Returns:
+        Ids of conversation and answer, `[S]`.
+    """
+    inputs = encoded(tokenizer, messages).to(model.device)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    output = model.generate(
-        **inputs.to(model.device),
+    output: torch.Tensor = model.generate(
+        **inputs,
         max_new_tokens=max_new_tokens,
         pad_token_id=tokenizer.pad_token_id,
+        streamer=streamer,
         **sampling,
         **generation_needs(model),
         **{name: values.to(model.device) for name, values in given.items()},
     )
-    return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
+    return output[0]
