@@ -119,19 +119,22 @@ def _build() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser
         run = add(name, handler, help_text)
         run.add_argument("file", metavar="FILE", help="the run file; also --config FILE")
         run.add_argument("overrides", nargs="*", metavar="OVERRIDE", help=_OVERRIDES)
+    init = add("init", handlers.init, "write a run file to start from, with comments")
+    init.add_argument("file", nargs="?", default="run.yaml", metavar="FILE", help="default run.yaml")
+    init.add_argument("--preset", default="recommended", metavar="NAME", help="method; default recommended")
+    init.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", metavar="X", help="the base model")
+    init.add_argument(
+        "--data", action="append", default=[], metavar="FILE", help="rows to train on, one file per task"
+    )
     generate = add("generate", handlers.generate, "let a trained adapter answer prompts")
     generate.add_argument("directory", metavar="DIR", help="the adapter's folder")
     generate.add_argument("--prompt", action="append", required=True, help="may be given several times")
-    generate.add_argument("--max-new-tokens", type=_count, default=64, metavar="N", help="default 64")
-    generate.add_argument("--temperature", type=_temperature, default=0.0, metavar="T", help="default 0: greedy")
-    generate.add_argument("--base-model", metavar="X", help="name or folder; default the one it was trained on")
-    generate.add_argument("--task", metavar="T", help="name or id of the task, if the adapter routes by it")
-    generate.add_argument(
-        "--scores",
-        type=_numbers,
-        metavar="N,N,...",
-        help="a number per expert, if the adapter routes by them; --scores=-1,2",
-    )
+    _add_asking(generate, max_new_tokens=64)
+    chat = add("chat", handlers.chat, "talk to a trained adapter")
+    chat.add_argument("directory", metavar="DIR", help="the adapter's folder")
+    chat.add_argument("--show-routing", action="store_true", help="colour tokens by the expert that counts most")
+    chat.add_argument("--system", metavar="TEXT", help="what the conversation begins with")
+    _add_asking(chat, max_new_tokens=256)
     compose = add("compose", handlers.compose, "mix LoRA adapters that are already trained, without changing them")
     compose.add_argument("directory", metavar="OUT", help="new folder for the mixture; nothing is overwritten")
     compose.add_argument("--adapter", action="append", required=True, metavar="DIR", help="give one for each expert")
@@ -157,10 +160,26 @@ def _build() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser
     )
     inspect = add("inspect", handlers.inspect, "show what an adapter's folder holds")
     inspect.add_argument("directory", metavar="DIR", help="the adapter's folder")
+    _add_report(add("report", handlers.report, "write a page about an adapter and its training"))
     add("presets", handlers.presets, "list the published methods a run file can start from")
     add("schema", handlers.schema, "print the JSON Schema of a run file")
     add("env", handlers.env, "print versions and settings, for bug reports")
     return parser, commands
+
+
+def _add_asking(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
+    parser.add_argument(
+        "--max-new-tokens", type=_count, default=max_new_tokens, metavar="N", help=f"default {max_new_tokens}"
+    )
+    parser.add_argument("--temperature", type=_temperature, default=0.0, metavar="T", help="default 0: greedy")
+    parser.add_argument("--base-model", metavar="X", help="name or folder; default the one it was trained on")
+    parser.add_argument("--task", metavar="T", help="name or id of the task, if the adapter routes by it")
+    parser.add_argument(
+        "--scores",
+        type=_numbers,
+        metavar="N,N,...",
+        help="a number per expert, if the adapter routes by them; --scores=-1,2",
+    )
 
 
 def _add_export(parser: argparse.ArgumentParser, merging: bool) -> None:
@@ -225,6 +244,17 @@ def _add_prune(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base-model", metavar="X", help="name or folder; default the one it was trained on")
 
 
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", metavar="DIR", help="folder of an adapter or a run, or a checkpoint")
+    parser.add_argument("out", metavar="OUT", help="new folder; nothing is overwritten")
+    rows = "rows to look at, may be given several times; default the run's evaluation rows"
+    parser.add_argument("--data", action="append", default=[], metavar="FILE", help=rows)
+    parser.add_argument("--text", metavar="T", help="show its routing token by token; default a held-out row")
+    parser.add_argument("--rows", type=_count, metavar="N", help="rows of each task; default 16")
+    parser.add_argument("--base-model", metavar="X", help="name or folder; default the one it was trained on")
+    parser.add_argument("--no-routing", dest="routing", action="store_false", help="run no rows, load no base model")
+
+
 def _add_serve(parser: argparse.ArgumentParser) -> None:
     parser.usage = "molora serve DIR [DIR ...] [options] [-- VLLM ARGUMENTS]"
     parser.add_argument("adapters", nargs="+", metavar="DIR", help="folder of an adapter, or NAME=DIR")
@@ -244,7 +274,7 @@ def _add_check_serving(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", action="append", default=[], help="may be given several times; default six")
     parser.add_argument("--max-new-tokens", type=_count, default=24, metavar="N", help="default 24")
     parser.add_argument("--base-model", metavar="X", help="name or folder; default the one it was trained on")
-    parser.add_argument("--dtype", default="float32", choices=_DTYPES, help="on both sides; default float32")
+    parser.add_argument("--dtype", choices=_DTYPES, help="on both sides; default float32, on GPUs float16")
     parser.add_argument("--tolerance", type=_positive, metavar="X", help="of a log-probability; by dtype")
     parser.add_argument("--tensor-parallel-size", type=_count, default=1, metavar="N", help="default 1")
     parser.add_argument("--url", metavar="URL", help="ask a running server, such as http://127.0.0.1:8000")

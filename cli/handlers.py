@@ -51,6 +51,29 @@ def generate(arguments: Namespace) -> int:
     )
 
 
+def init(arguments: Namespace) -> int:
+    """`molora init`."""
+    from molora.commands.init import run
+
+    return run(arguments.file, preset=arguments.preset, model=arguments.model, data=arguments.data)
+
+
+def chat(arguments: Namespace) -> int:
+    """`molora chat`."""
+    from molora.commands.chat import run
+
+    return run(
+        arguments.directory,
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        base_model=arguments.base_model,
+        system=arguments.system,
+        show_routing=arguments.show_routing,
+        task=arguments.task,
+        scores=arguments.scores,
+    )
+
+
 def compose(arguments: Namespace) -> int:
     """`molora compose`."""
     from molora.commands.compose import run
@@ -134,6 +157,14 @@ def inspect(arguments: Namespace) -> int:
     from molora.commands.inspect import run
 
     return run(arguments.directory)
+
+
+def report(arguments: Namespace) -> int:
+    """`molora report`."""
+    from molora.commands.report import run
+
+    options = {name: value for name, value in vars(arguments).items() if name not in _NOT_OPTIONS}
+    return run(arguments.directory, arguments.out, **options)
 
 
 def presets(arguments: Namespace) -> int:
