@@ -9,22 +9,22 @@ from collections.abc import Sequence
 from typing import Any
 
 from molora_cli import handlers
-from molora_cli.values import count as _count
-from molora_cli.values import indices as _indices
-from molora_cli.values import names as _names
-from molora_cli.values import numbers as _numbers
-from molora_cli.values import positive as _positive
-from molora_cli.values import share as _share
-from molora_cli.values import temperature as _temperature
+from molora_cli.options import (
+    add_asking,
+    add_check_serving,
+    add_eval,
+    add_export,
+    add_prune,
+    add_report,
+    add_serve,
+)
+from molora_cli.values import count
 
 _RUN_COMMANDS = {
     "train": (handlers.train, "train an adapter as a run file says"),
     "plan": (handlers.plan, "show what `train` would do, without training"),
 }
 _COMPOSE_OPTIONS = ("--base-model", "--adapter", "--preset", "--shots", "--select")
-_TARGETS = "lora, experts or tasks (plain LoRAs), dense (a merged model), gguf-lora or gguf (for llama.cpp)"
-_DTYPES = ("float32", "bfloat16", "float16")
-_CALIBRATE = "rows to fit to, may be given several times; without FILE the data the adapter was trained on"
 _FIELDS = "fields of the adapter to change: --key value, --key=value or key=value; top_k=3"
 _OVERRIDES = "keys of the run file to change: --key value, --key=value or key=value; datasets.0.max_samples=10"
 
@@ -129,26 +129,26 @@ def _build() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser
     generate = add("generate", handlers.generate, "let a trained adapter answer prompts")
     generate.add_argument("directory", metavar="DIR", help="the adapter's folder")
     generate.add_argument("--prompt", action="append", required=True, help="may be given several times")
-    _add_asking(generate, max_new_tokens=64)
+    add_asking(generate, max_new_tokens=64)
     chat = add("chat", handlers.chat, "talk to a trained adapter")
     chat.add_argument("directory", metavar="DIR", help="the adapter's folder")
     chat.add_argument("--show-routing", action="store_true", help="colour tokens by the expert that counts most")
     chat.add_argument("--system", metavar="TEXT", help="what the conversation begins with")
-    _add_asking(chat, max_new_tokens=256)
+    add_asking(chat, max_new_tokens=256)
     compose = add("compose", handlers.compose, "mix LoRA adapters that are already trained, without changing them")
     compose.add_argument("directory", metavar="OUT", help="new folder for the mixture; nothing is overwritten")
     compose.add_argument("--adapter", action="append", required=True, metavar="DIR", help="give one for each expert")
     compose.add_argument("--base-model", metavar="X", help="name or folder; default the one the adapters name")
     compose.add_argument("--preset", default="arrow", metavar="NAME", help="how to mix them; default arrow")
     compose.add_argument("--shots", metavar="FILE", help="a few examples of the task, for --select and lorahub")
-    compose.add_argument("--select", type=_count, metavar="K", help="keep the K adapters that suit the examples best")
+    compose.add_argument("--select", type=count, metavar="K", help="keep the K adapters that suit the examples best")
     compose.add_argument("overrides", nargs="*", default=[], metavar="OVERRIDE", help=_FIELDS)
-    _add_export(add("export", handlers.export, "write an adapter in a form that needs no molora"), merging=False)
-    _add_export(add("merge", handlers.merge, "merge an adapter into its base model: export --as dense"), merging=True)
-    _add_eval(add("eval", handlers.evaluate, "score an adapter or a model with lm-evaluation-harness"))
-    _add_prune(add("prune", handlers.prune, "make a trained mixture smaller"))
-    _add_serve(add("serve", handlers.serve, "serve mixtures and plain LoRAs with vLLM"))
-    _add_check_serving(add("check-serving", handlers.check_serving, "say whether vLLM answers as PyTorch does"))
+    add_export(add("export", handlers.export, "write an adapter in a form that needs no molora"), merging=False)
+    add_export(add("merge", handlers.merge, "merge an adapter into its base model: export --as dense"), merging=True)
+    add_eval(add("eval", handlers.evaluate, "score an adapter or a model with lm-evaluation-harness"))
+    add_prune(add("prune", handlers.prune, "make a trained mixture smaller"))
+    add_serve(add("serve", handlers.serve, "serve mixtures and plain LoRAs with vLLM"))
+    add_check_serving(add("check-serving", handlers.check_serving, "say whether vLLM answers as PyTorch does"))
     imports = add("import", handlers.import_adapter, "turn adapters of other libraries into one of molora")
     imports.add_argument(
         "directories", nargs="+", action=_AtLeastTwo, metavar="DIR", help="their folders, and last the new one, OUT"
@@ -158,127 +158,16 @@ def _build() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser
     imports.add_argument(
         "--adapter", action="append", default=[], metavar="NAME=DIR", help="for X-LoRA: where one of its LoRAs lies"
     )
+    compare = add("compare", handlers.compare, "put trained adapters side by side")
+    compare.add_argument("directories", nargs="+", metavar="RUN", help="folders; others are compared with the first")
+    compare.add_argument("--output", metavar="FILE", help="write the numbers there too, as JSON")
     inspect = add("inspect", handlers.inspect, "show what an adapter's folder holds")
     inspect.add_argument("directory", metavar="DIR", help="the adapter's folder")
-    _add_report(add("report", handlers.report, "write a page about an adapter and its training"))
+    add_report(add("report", handlers.report, "write a page about an adapter and its training"))
     add("presets", handlers.presets, "list the published methods a run file can start from")
     add("schema", handlers.schema, "print the JSON Schema of a run file")
     add("env", handlers.env, "print versions and settings, for bug reports")
     return parser, commands
-
-
-def _add_asking(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
-    parser.add_argument(
-        "--max-new-tokens", type=_count, default=max_new_tokens, metavar="N", help=f"default {max_new_tokens}"
-    )
-    parser.add_argument("--temperature", type=_temperature, default=0.0, metavar="T", help="default 0: greedy")
-    parser.add_argument("--base-model", metavar="X", help="name or folder; default the one it was trained on")
-    parser.add_argument("--task", metavar="T", help="name or id of the task, if the adapter routes by it")
-    parser.add_argument(
-        "--scores",
-        type=_numbers,
-        metavar="N,N,...",
-        help="a number per expert, if the adapter routes by them; --scores=-1,2",
-    )
-
-
-def _add_export(parser: argparse.ArgumentParser, merging: bool) -> None:
-    """Add the arguments of `export`, which are those of `merge` too, where they concern a dense model."""
-    parser.add_argument("directory", metavar="DIR", help="the adapter's folder")
-    parser.add_argument("out", metavar="OUT", help="new folder; nothing is overwritten")
-    if not merging:
-        parser.add_argument("--as", dest="target", required=True, metavar="WHAT", help=_TARGETS)
-    fitting = parser.add_argument_group("adapters that route every token: the nearest plain LoRA")
-    fitting.add_argument("--calibrate", action="append", nargs="?", const="", metavar="FILE", help=_CALIBRATE)
-    fitting.add_argument("--method", metavar="NAME", help="uniform, usage, calibrated (default) or distilled")
-    fitting.add_argument("--joint", action="store_true", help="fit block after block, on what earlier ones hand on")
-    fitting.add_argument("--rows", type=_count, default=256, metavar="N", help="calibration rows; default 256")
-    fitting.add_argument("--distill-steps", type=_count, default=60, metavar="N", help="for distilled; default 60")
-    fitting.add_argument("--distill-learning-rate", type=_positive, default=2e-4, metavar="X", help="default 2e-4")
-    fitting.add_argument("--score", action="append", default=[], metavar="FILE", help="rows to score tasks on")
-    fitting.add_argument("--no-evaluate", dest="evaluate", action="store_false", help="score no tasks")
-    fitting.add_argument("--seed", type=int, default=0, metavar="N", help="of every draw; default 0")
-    fixing = parser.add_argument_group("adapters whose mixture is fixed by what they are given: exact")
-    fixing.add_argument("--task", metavar="T", help="name or id of a task")
-    fixing.add_argument("--scores", dest="expert_scores", type=_numbers, metavar="N,N,...", help="one per expert")
-    fixing.add_argument("--prompt", metavar="TEXT", help="what follows this prompt")
-    parser.add_argument("--rank", type=_count, metavar="R", help="cut the result down to this rank")
-    parser.add_argument("--base-model", metavar="X", help="name or folder; default the one it was trained on")
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default the run's or the model's")
-    if merging:
-        parser.add_argument("--dequantize", action="store_true", help="undo the base model's quantisation and merge")
-        return
-    parser.add_argument("--bias", action="store_true", help="fit a constant per output too; PEFT alone loads it")
-    parser.add_argument("--group-size", type=_count, metavar="N", help="for experts: how many in one LoRA")
-    parser.add_argument("--dequantize", action="store_true", help="for dense: undo the base model's quantisation")
-    parser.add_argument("--gguf-base", metavar="FILE", help="for gguf: a GGUF file of the base model")
-    parser.add_argument("--outtype", metavar="TYPE", help="for gguf and gguf-lora: f32, f16, ...")
-
-
-def _add_eval(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("directory", metavar="DIR", help="folder of an adapter, molora's or PEFT's, or of a model")
-    parser.add_argument("--tasks", type=_names, default=[], metavar="A,B,...", help="names of the harness's tasks")
-    parser.add_argument("--include-path", metavar="P", help="folder with further task files")
-    parser.add_argument("--data", action="append", default=[], metavar="FILE", help="rows as `train` reads them")
-    parser.add_argument("--limit", type=_count, metavar="N", help="rows of each task")
-    parser.add_argument("--batch-size", type=_count, default=8, metavar="N", help="default 8")
-    parser.add_argument("--base-model", metavar="X", help="name or folder; default the one it was trained on")
-    parser.add_argument("--task", metavar="T", help="name or id of the task of all rows, if the adapter routes by it")
-    parser.add_argument("--scores", type=_numbers, metavar="N,N,...", help="a number per expert, likewise")
-    parser.add_argument("--output", metavar="FILE", help="write the scores there too, as JSON")
-
-
-def _add_prune(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("directory", metavar="DIR", help="the adapter's folder")
-    parser.add_argument("out", metavar="OUT", help="new folder; nothing is overwritten")
-    what = parser.add_argument_group("what to do, one of")
-    what.add_argument("--below", type=_share, metavar="X", help="empty experts that a share below X of tokens selects")
-    what.add_argument("--drop", type=_indices, metavar="N,N,...", help="remove these experts everywhere")
-    what.add_argument("--keep-energy", type=_share, metavar="X", help="take out the ranks that contribute least")
-    what.add_argument("--rank", type=_count, metavar="R", help="bring every expert down to rank R")
-    what.add_argument("--merge-to", type=_count, metavar="N", help="make similar experts one, until N are left")
-    parser.add_argument("--calibrate", action="append", nargs="?", const="", metavar="FILE", help=_CALIBRATE)
-    parser.add_argument("--rows", type=_count, default=256, metavar="N", help="calibration rows; default 256")
-    parser.add_argument("--no-evaluate", dest="evaluate", action="store_false", help="score no tasks")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the draw; default 0")
-    parser.add_argument("--base-model", metavar="X", help="name or folder; default the one it was trained on")
-
-
-def _add_report(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("directory", metavar="DIR", help="folder of an adapter or a run, or a checkpoint")
-    parser.add_argument("out", metavar="OUT", help="new folder; nothing is overwritten")
-    rows = "rows to look at, may be given several times; default the run's evaluation rows"
-    parser.add_argument("--data", action="append", default=[], metavar="FILE", help=rows)
-    parser.add_argument("--text", metavar="T", help="show its routing token by token; default a held-out row")
-    parser.add_argument("--rows", type=_count, metavar="N", help="rows of each task; default 16")
-    parser.add_argument("--base-model", metavar="X", help="name or folder; default the one it was trained on")
-    parser.add_argument("--no-routing", dest="routing", action="store_false", help="run no rows, load no base model")
-
-
-def _add_serve(parser: argparse.ArgumentParser) -> None:
-    parser.usage = "molora serve DIR [DIR ...] [options] [-- VLLM ARGUMENTS]"
-    parser.add_argument("adapters", nargs="+", metavar="DIR", help="folder of an adapter, or NAME=DIR")
-    parser.add_argument("--base-model", metavar="X", help="name or folder; default the one the adapters name")
-    parser.add_argument("--dtype", default="auto", choices=("auto", *_DTYPES), help="default auto: the checkpoint's")
-    parser.add_argument("--host", default="127.0.0.1", metavar="H", help="default 127.0.0.1")
-    parser.add_argument("--port", type=_count, default=8000, metavar="N", help="default 8000")
-    parser.add_argument("--max-loras", type=_count, metavar="N", help="adapters in one batch; default all")
-    parser.add_argument("--max-cpu-loras", type=_count, metavar="N", help="adapters kept in memory")
-    parser.add_argument("--max-lora-rank", type=_count, metavar="R", help="default what the adapters need")
-    parser.add_argument("--hot-load", action="store_true", help="let clients load and unload adapters while it runs")
-    parser.add_argument("--dry-run", action="store_true", help="print the command, and run nothing")
-
-
-def _add_check_serving(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("directory", metavar="DIR", help="the adapter's folder, molora's or PEFT's")
-    parser.add_argument("--prompt", action="append", default=[], help="may be given several times; default six")
-    parser.add_argument("--max-new-tokens", type=_count, default=24, metavar="N", help="default 24")
-    parser.add_argument("--base-model", metavar="X", help="name or folder; default the one it was trained on")
-    parser.add_argument("--dtype", choices=_DTYPES, help="on both sides; default float32, on GPUs float16")
-    parser.add_argument("--tolerance", type=_positive, metavar="X", help="of a log-probability; by dtype")
-    parser.add_argument("--tensor-parallel-size", type=_count, default=1, metavar="N", help="default 1")
-    parser.add_argument("--url", metavar="URL", help="ask a running server, such as http://127.0.0.1:8000")
-    parser.add_argument("--name", metavar="NAME", help="what that server calls the adapter")
 
 
 class _Version(argparse.Action):

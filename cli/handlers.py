@@ -58,6 +58,13 @@ def init(arguments: Namespace) -> int:
     return run(arguments.file, preset=arguments.preset, model=arguments.model, data=arguments.data)
 
 
+def compare(arguments: Namespace) -> int:
+    """`molora compare`."""
+    from molora.commands.compare import run
+
+    return run(arguments.directories, output=arguments.output)
+
+
 def chat(arguments: Namespace) -> int:
     """`molora chat`."""
     from molora.commands.chat import run

@@ -12,8 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from molora.commands.parameters import count_by_kind
 from molora.errors import ConfigError, Problem
+from molora.parameters import count_by_kind
 from molora.reports.data import Score
 from molora.reports.folder import Folder, read_folder
 from molora.reports.training import scores_of

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from molora.adapters import read_adapter_config, read_adapter_tensors
 from molora.commands.needs import reads_scores, reads_tasks, scores_per_row
-from molora.commands.parameters import count_by_kind, module_kind
 from molora.config import MoLoraConfig
 from molora.evaluation import TaskScore, score_table
+from molora.parameters import count_by_kind, module_kind
 from molora.plan import routing_spec
 from molora.report import REPORT_FILE, TaskRouting, known_tasks, routing_table
 from molora.routing import reads

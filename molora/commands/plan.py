@@ -17,10 +17,10 @@ from trl import SFTConfig
 from molora.bank import MoLoraLayer
 from molora.calibration import needs_calibration
 from molora.commands.needs import advice_on_tasks
-from molora.commands.parameters import count_by_kind, module_kind
 from molora.commands.session import RunData, adapt, load_skeleton, read_tasks, tokenise, with_existing_adapter
 from molora.data import format_preview
 from molora.errors import ConfigError
+from molora.parameters import count_by_kind, module_kind
 from molora.quantization import Quantization
 from molora.runfile import RunFile, check_output_dir
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from molora.commands.parameters import module_kind
 from molora.config import MoLoraConfig
 from molora.loaded import read_run
+from molora.parameters import module_kind
 from molora.plan import routing_spec
 from molora.reports.folder import Folder
 

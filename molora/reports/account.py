@@ -6,8 +6,8 @@ from collections import Counter
 
 import torch
 
-from molora.commands.parameters import count_by_kind, kind_of
 from molora.errors import ConfigError
+from molora.parameters import count_by_kind, kind_of
 from molora.reports.data import Account
 from molora.serving.ranks import check_servable, packed_rows, rank_for_vllm
 from molora.slim.adapter import Adapter

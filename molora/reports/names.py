@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from molora.commands.parameters import module_kind
+from molora.parameters import module_kind
 
 
 def in_order(name: str) -> list[tuple[int, str]]:

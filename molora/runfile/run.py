@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 SINGLE = ("single", "single_gpu")
 """Names of the profile that starts no further process."""
 
+TRAINED_WITH = "5.23"
+"""The oldest transformers that runs are trained with."""
+
 
 def accelerate_profiles() -> dict[str, Path]:
     """The accelerate configurations that have a name, TRL's names for them included."""
@@ -116,6 +119,7 @@ class RunFile:
         import torch
         from trl import SFTConfig
 
+        check_versions()
         fields = {"use_cpu": not torch.accelerator.is_available(), **self.training}
         # SFTConfig warns about the old names even where they are only its own defaults.
         fields.setdefault("activation_checkpointing", fields.pop("gradient_checkpointing", True))
@@ -129,6 +133,27 @@ class RunFile:
     def _field_named_in(self, message: str) -> str:
         words = re.findall(r"[a-z][a-z0-9_]+", message)
         return next((word for word in words if word in self.training), "")
+
+
+def check_versions(installed: str | None = None) -> None:
+    """Refuse to train with a transformers that serving can do with, but not this.
+
+    Args:
+        installed: Its version; default what is installed.
+
+    Raises:
+        MoloraError: If it is too old.
+    """
+    from importlib.metadata import version
+
+    from packaging.version import Version
+
+    found = installed or version("transformers")
+    if Version(found) < Version(TRAINED_WITH):
+        raise MoloraError(
+            f"runs are trained with transformers {TRAINED_WITH} or newer, and {found} is installed here, as vLLM asks "
+            "for; train in an environment without vLLM, and serve the folder from this one."
+        )
 
 
 def check_output_dir(run: RunFile) -> None:
