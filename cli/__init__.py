@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
 import sys
 import time
@@ -59,10 +61,29 @@ def _explained(error: Exception, debug: bool) -> int:
     if errors and isinstance(error, errors.MoloraError):
         print(error, file=sys.stderr)
         return 2
+    if isinstance(error, ImportError | RuntimeError) and (broken := broken_extras()):
+        print(
+            f"molora: {', '.join(broken)} cannot be imported beside this torch, and transformers imports whatever of "
+            f"them is installed. Language models need none of it: pip uninstall -y {' '.join(broken)}",
+            file=sys.stderr,
+        )
+        return 2
     lines = str(error).strip().splitlines()
     reason = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
     print(f"molora: error: {reason}{'' if debug else ' (--debug shows where)'}", file=sys.stderr)
     return 1
+
+
+def broken_extras() -> list[str]:
+    """Packages for images and sound that are installed and cannot be imported, as a server's CPU build brings them."""
+    found = []
+    for name in ("torchvision", "torchaudio", "torchcodec"):
+        try:
+            if importlib.util.find_spec(name) is not None:
+                importlib.import_module(name)
+        except Exception:  # an operator that torch lacks, a library that is missing, ...
+            found.append(name)
+    return found
 
 
 def _flushed(code: int) -> int:

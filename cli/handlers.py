@@ -13,8 +13,9 @@ Handler = Callable[[Namespace], int]
 
 def train(arguments: Namespace) -> int:
     """`molora train`."""
-    from molora.runfile import load_run_file
+    from molora.runfile import check_versions, load_run_file
 
+    check_versions()
     run_file = load_run_file(arguments.file, arguments.overrides)
     if run_file.wants_processes:
         from molora.commands.launch import is_launched, launch
@@ -28,8 +29,9 @@ def train(arguments: Namespace) -> int:
 
 def plan(arguments: Namespace) -> int:
     """`molora plan`."""
-    from molora.runfile import load_run_file
+    from molora.runfile import check_versions, load_run_file
 
+    check_versions()
     run_file = load_run_file(arguments.file, arguments.overrides)
     from molora.commands.plan import run
 

@@ -274,3 +274,27 @@ def test_env(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 def test_debug_as_a_key_of_the_run_file_is_still_reachable() -> None:
     arguments: Namespace = parse(["train", "run.yaml", "debug=underflow_overflow"])
     assert arguments.overrides == ["debug=underflow_overflow"]
+
+
+@pytest.mark.parametrize(
+    ("broken", "error", "code"),
+    [
+        (True, ModuleNotFoundError("Could not import module 'BloomPreTrainedModel'."), 2),
+        (True, RuntimeError("operator torchvision::nms does not exist"), 2),
+        (True, OSError("something else"), 1),
+        (False, RuntimeError("something else"), 1),
+    ],
+)
+def test_packages_for_images_that_break_every_import_are_named_with_the_remedy(
+    broken: bool, error: Exception, code: int, command: Callable[..., dict], tmp_path, monkeypatch, capsys
+) -> None:
+    for name in ("torchvision", "torchaudio", "torchcodec"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    if broken:
+        (tmp_path / "torchvision").mkdir()
+        (tmp_path / "torchvision" / "__init__.py").write_text("raise RuntimeError('no nms')")
+        monkeypatch.syspath_prepend(tmp_path)
+    command("inspect", error)
+    assert molora_cli.main(["inspect", "out"]) == code
+    said = capsys.readouterr().err
+    assert ("pip uninstall -y torchvision" in said) is (code == 2)

@@ -2,7 +2,7 @@
 
 from molora.runfile.arguments import DatasetArguments, EvaluationArguments, ModelArguments
 from molora.runfile.load import load_run_file
-from molora.runfile.run import RunFile, check_output_dir
+from molora.runfile.run import RunFile, check_output_dir, check_versions
 from molora.runfile.schema import json_schema
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "ModelArguments",
     "RunFile",
     "check_output_dir",
+    "check_versions",
     "json_schema",
     "load_run_file",
 ]
