@@ -32,8 +32,8 @@ def register() -> None:
         return
     if not is_tested():
         logger.warning(
-            "molora's plug-in was tested with %s is not among %s; everything it uses looks the same. `molora "
-            "check-serving DIR` says whether answers are right.",
+            "%s is none of the versions that molora's plug-in was tested with (%s); everything it uses looks the "
+            "same. `molora check-serving DIR` says whether answers are right.",
             *versions(),
         )
     from molora_vllm.hooks import install

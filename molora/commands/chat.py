@@ -11,9 +11,7 @@ from rich.text import Text
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from molora.adapters import read_adapter_config, read_adapter_tensors
-from molora.commands.generate import Streamer, answer, encoded, routing_inputs_for, user
-from molora.loaded import load_adapted
+from molora.commands.generate import Streamer, answer, encoded, opened, user
 from molora.reports.watch import watch_text
 
 HELP = "/reset forgets the conversation, /quit or the end of input ends it."
@@ -49,10 +47,7 @@ def run(
         ConfigError: If there is no adapter in the folder, its base model is not known, or its routing needs something
             that is not given.
     """
-    config = read_adapter_config(directory)
-    read_adapter_tensors(directory)  # a damaged file is better found before the base model is loaded
-    given = routing_inputs_for(directory, config, task, scores)
-    model, tokenizer = load_adapted(directory, config, base_model)
+    model, tokenizer, given = opened(directory, base_model, task, scores)
     console = Console(highlight=False)
     console.print(HELP, style="dim")
     start = [{"role": "system", "content": system}] if system else []

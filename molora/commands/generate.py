@@ -44,13 +44,31 @@ def run(
         ConfigError: If there is no adapter in the folder, its base model is not known, or its routing needs something
             that is not given.
     """
-    config = read_adapter_config(directory)
-    read_adapter_tensors(directory)  # a damaged file is better found before the base model is loaded
-    given = routing_inputs_for(directory, config, task, scores)
-    model, tokenizer = load_adapted(directory, config, base_model)
+    model, tokenizer, given = opened(directory, base_model, task, scores)
     for prompt in prompts:
         answer(model, tokenizer, [user(prompt)], max_new_tokens, temperature, given, Streamer(tokenizer))
     return 0
+
+
+def opened(
+    directory: str, base_model: str | None, task: str | None, scores: list[float] | None
+) -> tuple[PeftModel, PreTrainedTokenizerBase, dict[str, torch.Tensor]]:
+    """An adapter on its base model, the tokenizer, and what its routing is given besides the tokens.
+
+    Args:
+        directory: Folder of the adapter.
+        base_model: Base model to use instead of the one named in the adapter.
+        task: Name or id of the task, for adapters whose routing reads it.
+        scores: A number per expert, likewise.
+
+    Raises:
+        ConfigError: As `run`.
+    """
+    config = read_adapter_config(directory)
+    read_adapter_tensors(directory)  # a damaged file is better found before the base model is loaded
+    given = _routing_inputs(directory, config, task, scores)
+    model, tokenizer = load_adapted(directory, config, base_model)
+    return model, tokenizer, given
 
 
 class Streamer(TextStreamer):
@@ -78,7 +96,7 @@ def user(text: str) -> dict[str, str]:
     return {"role": "user", "content": text}
 
 
-def routing_inputs_for(
+def _routing_inputs(
     directory: str, config: MoLoraConfig, task: str | None, scores: list[float] | None
 ) -> dict[str, torch.Tensor]:
     """What the adapter's routing is given besides the tokens; one row holds for any batch."""
