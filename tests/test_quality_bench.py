@@ -19,6 +19,7 @@ sys.path.append(str(Path(__file__).parent.parent))  # `benchmarks` is a folder o
 from benchmarks.quality import arms, data, jobs, plot, pool, routing, scoring, statistics, tables, training
 from benchmarks.quality.__main__ import main
 from molora.errors import ConfigError, DataError
+from molora.routing import affinity
 
 WORDS = {"up": ["rise", "grow", "climb"], "down": ["fall", "sink", "drop"]}
 MIXTURE = {"r": 2, "num_experts": 4, "lora_alpha": 4, "selection": "top_k", "top_k": 2, "target_modules": "all-linear"}
@@ -137,12 +138,12 @@ def test_a_folder_without_tasks_is_refused(tmp_path):
 # Figures of routing
 
 
-def _sums(selected, weights=None, answers=None) -> routing.Sums:
+def _sums(selected, weights=None, answers=None) -> affinity.Sums:
     selected = torch.tensor([selected], dtype=torch.float64)
     weights = selected if weights is None else torch.tensor([weights], dtype=torch.float64)
     answers = weights if answers is None else torch.tensor([answers], dtype=torch.float64)
     tokens = weights.sum(dim=-1)
-    return routing.Sums(weights, answers, selected, tokens, tokens * 0.5, tokens * 2.0)
+    return affinity.Sums(weights, answers, selected, tokens, tokens * 0.5, tokens * 2.0)
 
 
 @pytest.mark.parametrize(
@@ -157,11 +158,11 @@ def _sums(selected, weights=None, answers=None) -> routing.Sums:
     ids=["alike", "apart", "in between", "four tasks apart"],
 )
 def test_information_is_that_of_hand_counts(counts, bits):
-    assert routing.mutual_information(torch.tensor(counts)).item() == pytest.approx(bits, abs=1e-5)
+    assert affinity.mutual_information(torch.tensor(counts)).item() == pytest.approx(bits, abs=1e-5)
 
 
 def test_load_counts_tasks_equally_however_many_tokens_they_have():
-    found = routing.load(torch.tensor([[90.0, 10.0], [1.0, 3.0]]))
+    found = affinity.load(torch.tensor([[90.0, 10.0], [1.0, 3.0]]))
     torch.testing.assert_close(found, torch.tensor([0.575, 0.425]))
 
 
@@ -209,7 +210,7 @@ def test_summary_has_every_linear_and_their_mean():
 )
 def test_decisions_know_whether_they_are_about_an_answer(rows, per_sequence, expected):
     answers = torch.tensor([[False, True, True]])
-    found = routing.answers_of_decisions(answers, torch.Size(rows), per_sequence)
+    found = affinity.answers_of_decisions(answers, torch.Size(rows), per_sequence)
     assert found.int().tolist() == expected
 
 
@@ -233,7 +234,7 @@ def test_routing_of_rows_is_what_a_loop_over_recorded_tokens_counts(task_folder)
     share = (selected / selected.sum(dim=1, keepdim=True)).mean(dim=0)
     assert found[name]["largest_load"] == pytest.approx(share.max().item(), abs=1e-4)
     assert found[name]["active_experts"] == 2
-    assert found[name]["information_answers"] == pytest.approx(routing.mutual_information(answers).item(), abs=1e-4)
+    assert found[name]["information_answers"] == pytest.approx(affinity.mutual_information(answers).item(), abs=1e-4)
 
 
 # Training and scores

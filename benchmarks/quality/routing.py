@@ -9,30 +9,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from molora.routing.affinity import (
-    Sums,
-    answers_of_decisions,
-    entropy,
-    load,
-    mutual_information,
-    shares,
-    sums_of,
-)
+from molora.routing.affinity import Sums, load, mutual_information
 from molora.routing.statistics import DEAD_BELOW
-
-__all__ = [
-    "FIGURES",
-    "Sums",
-    "answers_of_decisions",
-    "dead",
-    "entropy",
-    "figures",
-    "load",
-    "mutual_information",
-    "shares",
-    "summary",
-    "sums_of",
-]
 
 FIGURES = {
     "dead_experts": "experts with less than a tenth of an even share of selections",

@@ -11,9 +11,10 @@ from peft import PeftModel
 from torch import Tensor
 
 from benchmarks.quality.data import Batch, Item
-from benchmarks.quality.routing import Sums, summary, sums_of
+from benchmarks.quality.routing import summary
 from benchmarks.quality.training import Place, answer_losses
 from molora.likelihood import Prompted, log_likelihoods
+from molora.routing.affinity import Sums, sums_of
 from molora.routing.inputs import routing_inputs, scopes
 from molora.routing.masks import prompt_of_labels
 from molora.routing.record import record_routing

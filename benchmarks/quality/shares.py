@@ -8,8 +8,8 @@ import torch
 from peft import PeftModel
 
 from benchmarks.quality.data import Item
-from benchmarks.quality.routing import load, sums_of
 from benchmarks.quality.training import Place, answer_losses
+from molora.routing.affinity import load, sums_of
 from molora.routing.inputs import routing_inputs, scopes
 from molora.routing.masks import prompt_of_labels
 from molora.routing.record import record_routing
