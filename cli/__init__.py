@@ -24,6 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 for success, 2 for a mistake in the command line, the run file or the data, 130 after Ctrl-C, and 1 for
         anything else that went wrong.
     """
+    # tqdm reads this when it is imported: bars of what takes less, such as transformers' for weights, do not flash by.
+    os.environ.setdefault("TQDM_DELAY", "2")
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     try:

@@ -24,6 +24,9 @@ _RUN_COMMANDS = {
     "train": (handlers.train, "train an adapter as a run file says"),
     "plan": (handlers.plan, "show what `train` would do, without training"),
 }
+SHELLS = ("bash", "zsh", "fish", "tcsh", "powershell")
+"""What `molora completion` writes for."""
+
 _COMPOSE_OPTIONS = ("--base-model", "--adapter", "--preset", "--shots", "--select")
 _FIELDS = "fields of the adapter to change: --key value, --key=value or key=value; top_k=3"
 _OVERRIDES = "keys of the run file to change: --key value, --key=value or key=value; datasets.0.max_samples=10"
@@ -35,7 +38,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     Raises:
         SystemExit: With 0 after printing help, with 2 after printing what is wrong.
     """
-    parser, commands = _build()
+    parser, commands = build()
     if not words:
         parser.print_help()
         parser.exit(2)
@@ -99,7 +102,8 @@ def split_compose_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return known, overrides
 
 
-def _build() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+def build() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """Make the parser, and return it with those of its commands by name."""
     parser = argparse.ArgumentParser(
         prog="molora",
         description="Fine-tune a frozen language model with a mixture of LoRA experts.",
@@ -145,7 +149,7 @@ def _build() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser
     compose.add_argument("overrides", nargs="*", default=[], metavar="OVERRIDE", help=_FIELDS)
     add_export(add("export", handlers.export, "write an adapter in a form that needs no molora"), merging=False)
     add_export(add("merge", handlers.merge, "merge an adapter into its base model: export --as dense"), merging=True)
-    add_eval(add("eval", handlers.evaluate, "score an adapter or a model with lm-evaluation-harness"))
+    add_eval(add("eval", handlers.evaluate, "score an adapter or a model, on rows or with lm-evaluation-harness"))
     add_prune(add("prune", handlers.prune, "make a trained mixture smaller"))
     add_serve(add("serve", handlers.serve, "serve mixtures and plain LoRAs with vLLM"))
     add_check_serving(add("check-serving", handlers.check_serving, "say whether vLLM answers as PyTorch does"))
@@ -167,6 +171,8 @@ def _build() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser
     add("presets", handlers.presets, "list the published methods a run file can start from")
     add("schema", handlers.schema, "print the JSON Schema of a run file")
     add("env", handlers.env, "print versions and settings, for bug reports")
+    completion = add("completion", handlers.completion, "print a script that lets a shell complete all this")
+    completion.add_argument("shell", choices=SHELLS, help='for bash: eval "$(molora completion bash)"')
     return parser, commands
 
 

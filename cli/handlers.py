@@ -195,3 +195,11 @@ def env(arguments: Namespace) -> int:
     from molora.commands.env import run
 
     return run()
+
+
+def completion(arguments: Namespace) -> int:
+    """`molora completion`."""
+    from molora.commands.completion import run
+    from molora_cli.arguments import build
+
+    return run(arguments.shell, *build())

@@ -63,9 +63,11 @@ def add_export(parser: argparse.ArgumentParser, merging: bool) -> None:
 def add_eval(parser: argparse.ArgumentParser) -> None:
     """Of `eval`."""
     parser.add_argument("directory", metavar="DIR", help="folder of an adapter, molora's or PEFT's, or of a model")
-    parser.add_argument("--tasks", type=names, default=[], metavar="A,B,...", help="names of the harness's tasks")
+    parser.add_argument("--tasks", type=names, default=[], metavar="A,B,...", help="tasks of lm-evaluation-harness")
     parser.add_argument("--include-path", metavar="P", help="folder with further task files")
-    parser.add_argument("--data", action="append", default=[], metavar="FILE", help="rows as `train` reads them")
+    rows = "rows as `train` reads them, may be given several times; default the run's evaluation rows"
+    parser.add_argument("--data", action="append", default=[], metavar="FILE", help=rows)
+    parser.add_argument("--no-base", dest="base", action="store_false", help="score rows with the adapter only")
     parser.add_argument("--limit", type=count, metavar="N", help="rows of each task")
     parser.add_argument("--batch-size", type=count, default=8, metavar="N", help="default 8")
     parser.add_argument("--base-model", metavar="X", help="name or folder; default the one it was trained on")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -17,11 +18,15 @@ from molora.bank import MoLoraLayer
 from molora.config import MoLoraConfig
 from molora.decide import BASE_HIDDEN
 from molora.modes import evaluating
+from molora.routing.find import adapted_modules
 from molora.routing.inputs import routing_inputs, scopes
+from molora.routing.record import RECORDER
 from molora.routing.scope import RoutingInputs, RoutingScope
 
 _BACKBONE_INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
 _KEYWORDS = tuple(RoutingInputs.__dataclass_fields__)
+_LEFT_TO_TRAINERS = ("routing_losses", "routing_schedules", "balance_bias_rate")
+"""Fields that do nothing by themselves: molora's trainers read them."""
 
 
 class ModelScope(RoutingScope):
@@ -30,14 +35,16 @@ class ModelScope(RoutingScope):
     Attributes:
         wants_base: Whether an adapter's router reads the base model's last hidden states.
         hooks: Those by which the model tells of its calls.
+        for_trainers: Configs with fields that molora's trainers read, until a training has been seen.
     """
 
-    _LASTING = ("always", "spans_layers", "wants_base", "hooks")
+    _LASTING = ("always", "spans_layers", "wants_base", "hooks", "for_trainers")
 
     def __init__(self) -> None:
         super().__init__()
         self.wants_base = False
         self.hooks: list[RemovableHandle] = []
+        self.for_trainers: list[MoLoraConfig] = []
 
     def attach(self, model: nn.Module) -> None:
         """Let a model tell of its calls, and an encoder-decoder of those of its encoder, which may run by itself."""
@@ -60,6 +67,8 @@ class ModelScope(RoutingScope):
     def before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A call begins; if a router needs them, the base model's hidden states are computed."""
         super().before_forward(model, args, kwargs)
+        if self.for_trainers and model.training and torch.is_grad_enabled() and not self.silent:
+            self._look_for_trainer(model)
         call = self.call
         if call is None or self.silent or not self.wants_base:
             return
@@ -70,6 +79,27 @@ class ModelScope(RoutingScope):
             call.shared[BASE_HIDDEN] = self._base_hidden(model, {"input_ids": args[0], **kwargs} if args else kwargs)
             if call.kept is not None:
                 call.kept[BASE_HIDDEN] = True
+
+    def _look_for_trainer(self, model: nn.Module) -> None:
+        """Warn, once, if a training leaves out what only molora's trainers do; they are known by their recorder."""
+        layer = next((layer for _, layer in adapted_modules(model) if not layer.disable_adapters), None)
+        if layer is None:
+            return
+        fields = {
+            name: None
+            for config in self.for_trainers
+            for name in _LEFT_TO_TRAINERS
+            if getattr(config, name) and not config.inference_mode
+        }
+        self.for_trainers.clear()
+        if fields and getattr(layer, RECORDER) is None:
+            warnings.warn(
+                f"this training leaves out {' and '.join(fields)} of the adapter, which molora's trainers follow and "
+                "others do not know. Take one of molora.trainers, or put RoutingLossMixin before yours "
+                "(docs/trainers.md); or empty these fields.",
+                UserWarning,
+                stacklevel=2,
+            )
 
     def _base_hidden(self, model: nn.Module, kwargs: dict[str, Any]) -> Tensor:
         """Last hidden states `[B, S, d]` of the model without any adapter."""
@@ -109,6 +139,8 @@ def scope_of(model: nn.Module, config: MoLoraConfig) -> ModelScope:
         scope.attach(model)
     scope.always = scope.always or needs_every_call(config)
     scope.wants_base = scope.wants_base or config.router_input == "base"
+    if any(getattr(config, name) for name in _LEFT_TO_TRAINERS):
+        scope.for_trainers.append(config)
     scope.spans_layers = scope.spans_layers or config.router_sharing == "model" or config.router == "recurrent"
     return scope
 

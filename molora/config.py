@@ -187,6 +187,22 @@ class MoLoraConfig(PeftConfig):
         for sentence in advice(self):
             warnings.warn(sentence, UserWarning, stacklevel=2)
 
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write the config, and the model card if an adapter's weights lie in the folder.
+
+        PEFT calls this for each adapter that it saves, on the main process, when the weights are there.
+
+        Args:
+            save_directory: The folder.
+            **kwargs: As in PEFT.
+        """
+        super().save_pretrained(save_directory, **kwargs)
+        # A card reads what reports read, and that needs configs, and seconds to import.
+        from molora.card.job import update_card
+        from molora.card.training import attached_state
+
+        update_card(save_directory, self, attached_state(self))
+
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> MoLoraConfig:
         """Build the config of a published method.

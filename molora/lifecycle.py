@@ -66,7 +66,7 @@ def add_experts(
     if not _keeps_old_outputs(config):
         warnings.warn(
             f"the new experts of {adapter_name!r} share a {config.gate} gate, a {config.selection} selection or a "
-            "normalisation with the old ones, so outputs change before any training.",
+            "normalisation with the old ones, so outputs change before any training: train before you use it.",
             UserWarning,
             stacklevel=2,
         )

@@ -18,7 +18,7 @@ import torch
 
 from molora.data.collate import Side, pad_rows
 from molora.errors import MoloraError
-from molora.heads import last_logits_only
+from molora.heads import generation_needs, last_logits_only
 from molora.routing.inputs import continuing_rows, routing_inputs, scopes
 
 # Completion positions scored in one forward: the fp32 copy of their logits stays near 200 MB at a vocabulary of 50k.
@@ -40,6 +40,19 @@ class Prompted:
     expert_scores: tuple[float, ...] = ()
 
 
+@dataclass(frozen=True)
+class Likelihood:
+    """What a model thinks of a completion.
+
+    Attributes:
+        total: Summed log-probability of its tokens, nats.
+        greedy: Whether each of them is the model's own choice after those before it.
+    """
+
+    total: float
+    greedy: bool
+
+
 def log_likelihoods(
     model: Any,
     pad: int,
@@ -48,7 +61,20 @@ def log_likelihoods(
     tick: Callable[[int], Any],
     task_id: int | None = None,
 ) -> list[list[float]]:
-    """Return, for each row, the summed log-probability of each of its completions.
+    """Return, for each row, the summed log-probability of each of its completions; arguments as of `likelihoods`."""
+    found = likelihoods(model, pad, rows, batch_size, tick, task_id)
+    return [[one.total for one in of_row] for of_row in found]
+
+
+def likelihoods(
+    model: Any,
+    pad: int,
+    rows: Sequence[Prompted],
+    batch_size: int,
+    tick: Callable[[int], Any],
+    task_id: int | None = None,
+) -> list[list[Likelihood]]:
+    """Return, for each row, what the model thinks of each of its completions.
 
     Args:
         model: A causal language model in evaluation mode.
@@ -61,11 +87,11 @@ def log_likelihoods(
     Raises:
         MoloraError: The model keeps no key-value cache.
     """
-    results: list[list[float]] = [[] for _ in rows]
+    results: list[list[Likelihood]] = [[] for _ in rows]
+    uncached = generation_needs(model).get("use_cache") is False
     for batch in _batches(rows, batch_size):
         given = [rows[index] for index in batch]
-        with routed(model, task_id, [row.expert_scores for row in given]):
-            scores = _score_batch(model, pad, given)
+        scores = _score_uncached(model, pad, given, task_id) if uncached else _score_cached(model, pad, given, task_id)
         for index in batch:
             results[index] = [scores.pop(0) for _ in rows[index].completions]
         tick(len(batch))
@@ -101,17 +127,41 @@ def routed(
     """
     if not scopes(model):
         return nullcontext()
+    return routing_inputs(model, **_given(next(model.parameters()).device, task_id, expert_scores), generating=True)
+
+
+def _given(device: torch.device, task_id: int | None, expert_scores: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """What routing reads about rows; expert scores are [B, E]."""
+    return {
+        "task_ids": None if task_id is None else torch.tensor([task_id], device=device),
+        "expert_scores": torch.tensor(expert_scores, device=device) if any(map(len, expert_scores)) else None,
+    }
+
+
+def _score_cached(model: Any, pad: int, rows: Sequence[Prompted], task_id: int | None) -> list[Likelihood]:
+    with routed(model, task_id, [row.expert_scores for row in rows]):
+        return _score_batch(model, pad, rows)
+
+
+def _score_uncached(model: Any, pad: int, rows: Sequence[Prompted], task_id: int | None) -> list[Likelihood]:
+    """The same for models whose routing leaves no room for a cache: one whole sequence a completion, [C, P + L]."""
     device = next(model.parameters()).device
-    return routing_inputs(
-        model,
-        task_ids=None if task_id is None else torch.tensor([task_id], device=device),
-        expert_scores=torch.tensor(expert_scores, device=device) if any(map(len, expert_scores)) else None,
-        generating=True,
-    )
+    pairs = [(row, ids) for row in rows for ids in row.completions]
+    ids, mask = pad_with_mask([row.prompt + completion for row, completion in pairs], pad, "left", device)
+    targets, known = pad_with_mask([completion for _, completion in pairs], pad, "left", device)
+    width = targets.shape[1]
+    prompt_mask = mask.bool()
+    prompt_mask[:, -width:] &= ~known.bool()
+    scores = [row.expert_scores for row, _ in pairs]
+    given = _given(device, task_id, scores) | {"prompt_mask": prompt_mask}
+    with routing_inputs(model, **given) if scopes(model) else nullcontext():
+        logits = model(input_ids=ids, attention_mask=mask, position_ids=_positions(mask), use_cache=False).logits
+    total, chosen = _judged(logits[:, -width - 1 : -1], targets)
+    return _summed(total, chosen, known)
 
 
-def _score_batch(model: Any, pad: int, rows: Sequence[Prompted]) -> list[float]:
-    """Return the summed log-probability of every completion of every row, in order.
+def _score_batch(model: Any, pad: int, rows: Sequence[Prompted]) -> list[Likelihood]:
+    """Return what the model thinks of every completion of every row, in order.
 
     The prompts [B, P] are read once. Their cache rows are then repeated for the C completions of the batch, whose
     tokens but the last [C, L-1] are read on top.
@@ -123,13 +173,14 @@ def _score_batch(model: Any, pad: int, rows: Sequence[Prompted]) -> list[float]:
     )
     owner = torch.tensor([index for index, row in enumerate(rows) for _ in row.completions], device=device)
     targets, target_mask = pad_with_mask([ids for row in rows for ids in row.completions], pad, "right", device)
-    total = _token_log_probs(output.logits[:, -1:][owner], targets[:, :1])
+    total, chosen = _judged(output.logits[:, -1:][owner], targets[:, :1])
     if targets.shape[1] > 1:
         if output.past_key_values is None:
             raise MoloraError(f"{type(model).__name__} keeps no key-value cache, which scoring needs.")
         output.past_key_values.batch_select_indices(owner)
         read = target_mask[:, :-1]
         positions = mask.sum(dim=1)[owner, None] + torch.arange(read.shape[1], device=device)
+        positions = positions * read  # padding behind a long prompt may be farther than there are positions
         with continuing_rows(model, owner):
             logits = model(
                 input_ids=targets[:, :-1],
@@ -138,14 +189,22 @@ def _score_batch(model: Any, pad: int, rows: Sequence[Prompted]) -> list[float]:
                 past_key_values=output.past_key_values,
                 use_cache=True,
             ).logits
-        total = torch.cat([total, _token_log_probs(logits, targets[:, 1:])], dim=1)
-    return (total * target_mask).sum(dim=1).tolist()
+        later, also_chosen = _judged(logits, targets[:, 1:])
+        total, chosen = torch.cat([total, later], dim=1), torch.cat([chosen, also_chosen], dim=1)
+    return _summed(total, chosen, target_mask)
 
 
-def _token_log_probs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return the log-probability in fp32 of each target [C, L] under its logits [C, L, V]."""
+def _summed(total: torch.Tensor, chosen: torch.Tensor, known: torch.Tensor) -> list[Likelihood]:
+    """Sum over the known tokens [C, L] of each completion."""
+    totals, greedy = (total * known).sum(dim=1), (chosen | ~known.bool()).all(dim=1)
+    return [Likelihood(*pair) for pair in zip(totals.tolist(), greedy.tolist(), strict=True)]
+
+
+def _judged(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each target [C, L] under its logits [C, L, V]: its log-probability in fp32, and whether it is the likeliest."""
     logits = logits.float()
-    return logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(dim=-1)
+    own = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    return own - logits.logsumexp(dim=-1), logits.argmax(dim=-1) == targets
 
 
 def pad_with_mask(

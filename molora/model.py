@@ -123,7 +123,8 @@ class MoLoraModel(BaseTuner):
         is_conv1d = isinstance(base, Conv1D)
         if isinstance(base, nn.Linear | Conv1D) and config.fan_in_fan_out != is_conv1d:
             if config.fan_in_fan_out:
-                warnings.warn(f"{key} is a {type(base).__name__}: setting fan_in_fan_out=False.", stacklevel=2)
+                sentence = f"{key} is a {type(base).__name__}, so fan_in_fan_out is False; leave it out."
+                warnings.warn(sentence, stacklevel=2)
             config.fan_in_fan_out = is_conv1d
         quantization = get_quantization_kwargs(self.model)
         return MoLoraLinear(target, adapter_name, config, plan, module_key=key, **shared, **quantization)

@@ -14,6 +14,7 @@ from peft import PeftModel
 from rich.table import Table
 
 from molora.data import TokenizedTask
+from molora.progress import tracked
 from molora.routing.inputs import routing_inputs, scopes
 from molora.routing.masks import prompt_of_labels
 from molora.routing.record import record_routing
@@ -64,7 +65,7 @@ def routing_by_task(
     was_training = model.training
     model.eval()
     tallies: dict[str, RoutingTally] = {}
-    for task in tasks:
+    for task in tracked(tasks, "looking at the routing", "task"):
         chosen = task.dataset.select(range(min(rows, len(task.dataset))))
         counted = [_tally_batch(model, collate(list(part))) for part in _batches(list(chosen), batch_size)]
         known = [one for one in counted if one is not None]

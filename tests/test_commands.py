@@ -76,9 +76,16 @@ def test_train_saves_an_adapter_that_loads_anywhere_and_reports_what_it_did(run_
         assert entry["task"] in printed
     assert [(score["task"], score["metric"]) for score in report["after"]] == [
         ("colour", "accuracy"),
+        ("colour", "accuracy_norm"),
+        ("colour", "perplexity"),
         ("animal", "exact_match"),
         ("animal", "token_f1"),
+        ("animal", "perplexity"),
     ]
+    assert all("change_stderr" in score for score in report["after"])
+    rows = json.loads((tmp_path / "out/molora_rows.json").read_text())
+    assert set(rows["digests"]) == {"colour", "animal"}
+    assert [len(score["rows"]) for score in rows["after"]] == [score["count"] for score in report["after"]]
     assert [task["task"] for task in report["routing"]] == ["colour", "animal"]
     assert all(1 <= task["metrics"]["experts_per_token"] <= 4 for task in report["routing"])
     model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -103,6 +110,8 @@ def test_generate_and_inspect_use_the_saved_adapter(run_file, capsys):
     printed = capsys.readouterr().out
     for expected in ("4 of rank 4", "adaptive_threshold", "q_proj", "threshold nets", "no, it routes"):
         assert expected in printed
+    for in_short in ("Loss: train", "experts are dead", "have a cosine above", "on disk", "needs max_lora_rank"):
+        assert in_short in printed
 
 
 def test_resume_continues_from_the_last_checkpoint(run_file, tmp_path):

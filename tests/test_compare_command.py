@@ -11,14 +11,17 @@ from peft import get_peft_model
 
 import molora_cli
 from molora import MoLoraConfig
-from molora.commands.compare import difference
+from molora.commands.compare import Side, difference
 from molora.errors import MoloraError
 from molora.reports.data import Score
 from molora.runfile.run import TRAINED_WITH, check_versions
 
+KEY = ("sums", "accuracy")
 
-def score(after, error, metric="accuracy"):
-    return Score("sums", metric, 50, None, after, (None, error))
+
+def scored(after, error, **known):
+    """One column, with one score."""
+    return Side("a", {}, {KEY: Score(*KEY, 50, None, after, (None, error))}, **known)
 
 
 @pytest.mark.parametrize(
@@ -32,15 +35,36 @@ def score(after, error, metric="accuracy"):
     ],
 )
 def test_a_difference_is_clear_beyond_two_standard_errors(first, other, value, error, clear):
-    found = difference(score(*first), score(*other))
+    found = difference(scored(*first), scored(*other), KEY)
     assert math.isclose(found.value, value)
     assert found.error == (None if error is None else pytest.approx(error))
     assert found.is_clear is clear
 
 
-@pytest.mark.parametrize("pair", [(None, score(0.5, 0.1)), (score(0.5, 0.1), None), (score(None, None), score(1, 0))])
+@pytest.mark.parametrize(
+    ("digests", "error", "paired"),
+    [(("x", "x"), 0.2, True), (("x", "y"), 0.05, False), ((None, None), 0.05, False)],
+    ids=["the same rows", "other rows", "unknown rows"],
+)
+def test_a_difference_is_paired_where_the_rows_are_the_same(digests, error, paired):
+    pulled = [[0.05, -0.05], [-0.05, 0.05]]
+    sides = [
+        scored(value, spread, pulls={KEY: pulls}, digests={"sums": digest} if digest else {})
+        for value, spread, pulls, digest in zip((0.5, 0.7), (0.03, 0.04), pulled, digests, strict=True)
+    ]
+    found = difference(*sides, KEY)
+    # Rows that move 0.1 each against each other: sqrt((0.1² + 0.1²) * 2 / 1).
+    assert (found.error, found.paired) == (pytest.approx(error), paired)
+
+
+NONE = Side("b", {}, {})
+
+
+@pytest.mark.parametrize(
+    "pair", [(NONE, scored(0.5, 0.1)), (scored(0.5, 0.1), NONE), (scored(None, None), scored(1, 0))]
+)
 def test_what_was_not_scored_has_no_difference(pair):
-    assert difference(*pair) is None
+    assert difference(*pair, KEY) is None
 
 
 @pytest.fixture

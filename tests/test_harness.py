@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 import yaml
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 
 pytest.importorskip("lm_eval")
 
@@ -18,14 +18,13 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 import molora.harness.tasks
-from molora import MoLoraConfig, MoloraError, loaded
+from molora import MoLoraConfig, MoloraError
 from molora.calibration import calibrate_routers, needs_calibration
 from molora.commands import evaluate as command
 from molora.data import TaskData, encode_parts, load_tasks
 from molora.evaluation import score_tasks
 from molora.harness import evaluate
 from molora.harness.lm import RoutedLM
-from molora.report import REPORT_FILE
 from molora.runfile.arguments import DatasetArguments
 
 WORDS = ["yes", "no", "maybe so", "x", "Zq", "often!", "k1"]
@@ -89,8 +88,10 @@ def test_choices_and_answers_score_as_in_training(tmp_path, fields, batch_size):
     ids = {"pick": 0, "say": 1} if fields == ROUTINGS["task"] else None
     found = evaluate(model, tokenizer, data=data, batch_size=batch_size, max_new_tokens=6, task_ids=ids)
     own = score_tasks(model, tokenizer, data, max_new_tokens=6, progress=False)
-    names = {"accuracy": "acc", "exact_match": "exact_match", "token_f1": "token_f1"}
+    names = {"accuracy": "acc", "accuracy_norm": "acc_norm", "exact_match": "exact_match", "token_f1": "token_f1"}
     for score in own:
+        if score.metric == "perplexity":  # the harness has it for texts only
+            continue
         assert found.value(score.task, names[score.metric]) == pytest.approx(score.value)
 
 
@@ -273,84 +274,14 @@ def test_a_missing_harness_is_named(monkeypatch):
         evaluate(tiny.tiny_llama(), tiny.tiny_tokenizer(), ["x"])
 
 
-@pytest.fixture
-def folders(tmp_path):
-    """A model, an adapter of it that routes by task, with the run file that made it, and a plain LoRA."""
+def test_the_command_adds_tasks_of_the_harness_to_rows(task_files, tmp_path):
     base = tmp_path / "base"
     tiny.tiny_llama().save_pretrained(base)
     tiny.tiny_tokenizer().save_pretrained(base)
-    file = write_rows(tmp_path, rows())
-    routed = tmp_path / "routed"
-    model = adapted(**ROUTINGS["task"])
-    model.peft_config["default"].base_model_name_or_path = str(base)
-    model.save_pretrained(routed)
-    (routed / REPORT_FILE).write_text(json.dumps({"tasks": ["pick", "say"]}))
-    run = {
-        "model_name_or_path": str(base),
-        "output_dir": str(routed),
-        "datasets": [{"path": str(file), "eval_path": str(file)}],
-        "eval_max_new_tokens": 4,
-        "num_experts": 3,
-        **ROUTINGS["task"],
-    }
-    (routed / loaded.RUN_FILE).write_text(yaml.safe_dump(run))
-    plain = tmp_path / "plain"
-    lora = get_peft_model(tiny.tiny_llama(), LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
-    lora.peft_config["default"].base_model_name_or_path = str(base)
-    lora.save_pretrained(plain)
-    return {"base": base, "routed": routed, "plain": plain, "rows": file}
-
-
-@pytest.mark.parametrize("kind", ["base", "routed", "plain"])
-def test_the_command_evaluates_rows_on_every_kind_of_folder(folders, tmp_path, kind, capsys):
-    output = tmp_path / "scores.json"
-    assert command.run(str(folders[kind]), data=[str(folders["rows"])], limit=4, output=str(output)) == 0
+    file, output = write_rows(tmp_path, rows()), tmp_path / "scores.json"
+    options = {"include_path": str(task_files), "data": [str(file)], "limit": 2, "output": str(output)}
+    assert command.run(str(base), tasks=["local_choice"], **options) == 0
     document = json.loads(output.read_text())
-    assert document["kind"] == {"base": "model", "routed": "MOLORA", "plain": "LORA"}[kind]
     assert {score["task"] for score in document["scores"]} == {"pick", "say"}
-    assert all(score["count"] <= 4 and score["stderr"] is not None for score in document["scores"])
+    assert {score["task"] for score in document["harness"]["scores"]} == {"local_choice"}
     assert document["versions"].keys() >= {"molora", "lm_eval", "torch"}
-    assert "stderr" in capsys.readouterr().out
-
-
-def test_the_command_takes_the_rows_of_the_run(folders, tmp_path):
-    output = tmp_path / "scores.json"
-    command.run(str(folders["routed"]), output=str(output))
-    found = {(s["task"], s["metric"]): s["value"] for s in json.loads(output.read_text())["scores"]}
-    config = loaded.read_any_config(str(folders["routed"]))
-    model, tokenizer = loaded.load_any(str(folders["routed"]), config, None)
-    data = tasks_of(folders["rows"])
-    own = {s.metric: s.value for s in score_tasks(model, tokenizer, data, max_new_tokens=4, progress=False)}
-    assert found["pick", "acc"] == pytest.approx(own["accuracy"])
-    assert found["say", "token_f1"] == pytest.approx(own["token_f1"])
-
-
-def test_the_command_writes_over_nothing(folders, tmp_path):
-    output = tmp_path / "scores.json"
-    output.write_text("mine")
-    with pytest.raises(MoloraError, match="nothing is overwritten"):
-        command.run(str(folders["base"]), data=[str(folders["rows"])], output=str(output))
-    assert output.read_text() == "mine"
-
-
-COMMANDS = {
-    "no rows": ("plain", {}, "does not come with a run file"),
-    "base of a base": ("base", {"data": True, "base_model": "x"}, "holds a model itself"),
-    "task not read": ("plain", {"data": True, "task": "pick"}, "routing reads no task"),
-    "scores not read": ("routed", {"data": True, "scores": [1.0]}, "routing reads no scores"),
-    "unknown task": ("routed", {"data": True, "task": "pik"}, "Did you mean 'pick'"),
-    "task of a benchmark": ("routed", {"tasks": ["arc"]}, "arc was none in training"),
-}
-
-
-@pytest.mark.parametrize(("kind", "given", "message"), COMMANDS.values(), ids=COMMANDS)
-def test_the_command_refuses_what_it_cannot_do(folders, kind, given, message):
-    options = {**given, "data": [str(folders["rows"])] if given.get("data") else []}
-    with pytest.raises(MoloraError, match=message):
-        command.run(str(folders[kind]), **options)
-
-
-def test_the_command_tells_folders_without_a_model(tmp_path):
-    for place, message in ((tmp_path / "none", "is no folder"), (tmp_path, "holds neither an adapter")):
-        with pytest.raises(MoloraError, match=message):
-            command.run(str(place), tasks=["x"])

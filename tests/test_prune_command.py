@@ -204,7 +204,8 @@ def test_tasks_are_scored_before_and_after_where_the_run_kept_rows(
     assert run(str(folder), str(tmp_path / "out"), **how) == 0
     quality = json.loads((tmp_path / "out" / SLIM_FILE).read_text())["quality"]
     for name in ("scores_before", "scores_after"):
-        assert [(one["metric"], one["count"]) for one in quality[name]] == [("exact_match", 4), ("token_f1", 4)]
+        found = [(one["metric"], one["count"]) for one in quality[name]]
+        assert found == [("exact_match", 4), ("token_f1", 4), ("perplexity", 4)]
     assert "exact_match" in capsys.readouterr().out
     assert "| rows | exact_match | 4 |" in (tmp_path / "out" / "README.md").read_text()
     assert (tmp_path / "out" / RUN_FILE).is_file()

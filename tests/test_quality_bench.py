@@ -307,8 +307,8 @@ def test_scores_are_those_of_each_row_alone(task_folder):
             right = sums[max(item.label, 0)]
             assert own["nll"][at] == pytest.approx(-right, abs=1e-4)
             assert own["tokens"][at] == len(item.answer)
-            by_token = [value / len(ids) for value, ids in zip(sums, item.choices, strict=False)]
-            expected = int(by_token.index(max(by_token)) == item.label) if item.choices else None
+            by_length = [value / n for value, n in zip(sums, item.characters, strict=False)]
+            expected = int(by_length.index(max(by_length)) == item.label) if item.choices else None
             assert own["choice"][at] == expected
     assert {item.by_length for item in rows.test[1]} == {True}
 
@@ -350,8 +350,9 @@ def test_differences_are_paired_on_rows_and_tasks_count_equally():
     other = [_scored([2.0, 4.0], [1, 3]), _scored([4.0], [1])]
     assert statistics.test_loss(own) == pytest.approx((0.75 + 5) / 2)
     assert statistics.difference(own, other) == pytest.approx([-0.75, 1.0])
-    # Task 0: rows differ by -1 and -2, of which a mean of -0.75 a token explains -0.75 and -2.25.
-    assert statistics.row_error(own, other) == pytest.approx(math.sqrt(0.25**2 * 2 / 16) / 2)
+    # Task 0: rows differ by -1 and -2, of which a mean of -0.75 a token explains -0.75 and -2.25; two rows, one degree
+    # of freedom. Task 1: one row tells no error.
+    assert statistics.row_error(own, other) == pytest.approx(math.sqrt(0.25**2 * 2 / 16 * 2) / 2)
     with pytest.raises(ValueError, match="paired"):
         statistics.difference(own, [_scored([2.0, 4.0], [1, 2]), other[1]])
 

@@ -96,7 +96,7 @@ def test_markdown_shows_text_and_takes_none_for_markup() -> None:
     assert "<script" not in card.replace("\\<", "")
     assert "\\|a\\|\\*b\\*\\[c\\](d) \\# e" in card
     assert "![load](load.png)" in card
-    assert all(line.count("|") - line.count("\\|") == 6 for line in card.splitlines() if line.startswith("| "))
+    assert all(line.count("|") - line.count("\\|") == 7 for line in card.splitlines() if line.startswith("| "))
 
 
 @pytest.mark.parametrize(

@@ -160,7 +160,11 @@ def warn_of_what_is_not_resumed(found: str, last: bool, output_dir: str | os.Pat
     if skipped:
         logger.warning("resuming from %s, the last whole checkpoint: %s", found, "; ".join(skipped))
     if not _holds(os.listdir(found), _OPTIMIZERS):
-        logger.warning("%s holds only the model: the optimizer starts anew, and the run is not the same", found)
+        logger.warning(
+            "%s holds only the model: the optimizer starts anew, and the run is not the same. save_only_model=False "
+            "keeps it",
+            found,
+        )
 
 
 def _skipped(last: str | None, output_dir: str | os.PathLike[str]) -> list[str]:
@@ -202,7 +206,7 @@ def keep_out_of_rotation(folder: Path) -> None:
             aside = other.with_name(BROKEN + other.name)
             remove(aside)
             os.replace(other, aside)
-            logger.warning("%s is not whole and is kept as %s", other, aside.name)
+            logger.warning("%s is not whole and is kept as %s; delete it if you need nothing of it", other, aside.name)
 
 
 def remove(folder: Path) -> None:

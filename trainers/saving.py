@@ -14,6 +14,9 @@ from accelerate.utils import reduce
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from molora.card.place import CARD_FILE
+from molora.card.training import asked_of_card, attached_state, note_training
+from molora.config import MoLoraConfig
 from molora.trainers.checkpoints import (
     OUR_STATE,
     REPLACED,
@@ -39,6 +42,7 @@ class WholeCheckpointsMixin:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._resumed_from: str | None = None
+        self._saves_checkpoint = False
         trainer: Any = self
         trainer.add_callback(_ContinueCallback(trainer))
 
@@ -63,7 +67,9 @@ class WholeCheckpointsMixin:
         if found is not None and trainer.is_world_process_zero():
             warn_of_what_is_not_resumed(found, resume_from_checkpoint is True, output_dir)
         self._resumed_from = found
-        return super().train(found, *args, **kwargs)  # type: ignore[misc]  # the trainer this is mixed into
+        result = super().train(found, *args, **kwargs)  # type: ignore[misc]  # the trainer this is mixed into
+        note_training(self)  # for whoever saves the model himself
+        return result
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         trainer: Any = self
@@ -74,7 +80,11 @@ class WholeCheckpointsMixin:
                 keep_out_of_rotation(folder)
         trainer.accelerator.wait_for_everyone()
         trainer.state.stateful_callbacks[OUR_STATE] = {"args": {}, "attributes": self._state_to_continue()}
-        super()._save_checkpoint(model, trial)  # type: ignore[misc]  # the trainer this is mixed into
+        self._saves_checkpoint = True
+        try:
+            super()._save_checkpoint(model, trial)  # type: ignore[misc]  # the trainer this is mixed into
+        finally:
+            self._saves_checkpoint = False
         if trainer.args.should_save:
             remove(folder.with_name(REPLACED + folder.name))
 
@@ -97,7 +107,11 @@ class WholeCheckpointsMixin:
         try:
             saved = torch.load(file, map_location=trainer.args.device, weights_only=True)
         except UnpicklingError:  # raw images
-            logger.warning("the answers in %s cannot be read without running code; new ones are generated", file)
+            logger.warning(
+                "the answers in %s hold raw images, which cannot be read without running code; the run goes on with "
+                "new ones, and is not the same from here",
+                file,
+            )
             return
         trainer._step, trainer._buffered_inputs = saved["step"], saved["answers"]
 
@@ -112,20 +126,58 @@ class WholeCheckpointsMixin:
         if not trainer.args.should_save:
             save(str(target), state_dict=state_dict)
             return
+        note_training(self)
         # Inside the target, so that moving is renaming; uploads to the hub leave out what begins so.
         staging = target / "_saving"
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
-        if (target / "README.md").is_file():  # PEFT adds to the model card that it finds
-            shutil.copy2(target / "README.md", staging)
+        if (target / CARD_FILE).is_file():  # PEFT adds to the model card that it finds
+            shutil.copy2(target / CARD_FILE, staging)
         try:
             save(str(staging), state_dict=state_dict)
-            for path in [path for path in staging.rglob("*") if path.is_file()]:
+            card = staging / CARD_FILE
+            # The card comes last: it tells of what lies in the target then.
+            for path in sorted((path for path in staging.rglob("*") if path.is_file()), key=lambda path: path == card):
+                if path == card:
+                    _update_card(target, state=self._state_for_card(), card=card)
                 place = target / path.relative_to(staging)
                 place.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(path, place)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Bring the model card of `output_dir` up to date; the trainer's own would be written over it.
+
+        TRL asks for it before every checkpoint too. What lies in `output_dir` is no newer then, and nothing is done.
+
+        Args:
+            *args: As in the trainer.
+            **kwargs: As in the trainer: `license`, `language`, `tags`, `model_name` and `finetuned_from` go into the
+                front matter, `dataset_tags` or `dataset_name` as its `datasets`.
+        """
+        trainer: Any = self
+        if not self._has_card():
+            super().create_model_card(*args, **kwargs)  # type: ignore[misc]  # the trainer this is mixed into
+        elif trainer.is_world_process_zero() and not self._saves_checkpoint:
+            _update_card(trainer.args.output_dir, state=self._state_for_card(), **asked_of_card(kwargs))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        trainer: Any = self
+        if self._has_card() and trainer.is_world_process_zero():
+            place = Path(trainer.args.output_dir) / CARD_FILE
+            _update_card(checkpoint_folder, state=self._state_for_card(), card=place)
+        super()._push_from_checkpoint(checkpoint_folder)  # type: ignore[misc]  # the trainer this is mixed into
+
+    def _has_card(self) -> bool:
+        """Whether the model has an adapter of ours, which alone has a card of ours."""
+        trainer: Any = self
+        return any(isinstance(config, MoLoraConfig) for config in getattr(trainer.model, "peft_config", {}).values())
+
+    def _state_for_card(self) -> dict[str, Any] | None:
+        trainer: Any = self
+        configs = list(getattr(trainer.model, "peft_config", {}).values())
+        return attached_state(configs[0]) if configs else None
 
     def _start_anew(self) -> None:
         """Forget what an earlier training of this trainer gathered for its log."""
@@ -157,6 +209,13 @@ class WholeCheckpointsMixin:
             trainer._total_train_tokens = state["total_train_tokens"]
         for name, values in state["metrics"].items():
             trainer._metrics["train"][name].extend(values)
+
+
+def _update_card(*args: Any, **kwargs: Any) -> None:
+    # A card reads what reports read, and they read exports, which train.
+    from molora.card.job import update_card
+
+    update_card(*args, **kwargs)
 
 
 class _ContinueCallback(TrainerCallback):

@@ -36,7 +36,8 @@ class Item:
         answer: The right answer with the end of its turn.
         choices: Every allowed answer; empty if any text may follow.
         label: Index of the right one; -1 without choices.
-        by_length: Choices are compared by log-likelihood per token, not in all.
+        characters: Of each choice.
+        by_length: Choices are compared by log-likelihood a character, not in all.
     """
 
     task: int
@@ -44,6 +45,7 @@ class Item:
     answer: tuple[int, ...]
     choices: tuple[tuple[int, ...], ...] = ()
     label: int = -1
+    characters: tuple[int, ...] = ()
     by_length: bool = False
 
     @property
@@ -203,7 +205,8 @@ def _item(example: Example, row: Row, index: int, tokenizer: PreTrainedTokenizer
         raise DataError(f"{row.where}: there is no prompt; every row needs `messages` that end with an answer.")
     choices = [encode_parts(replace(example, completion=choice), tokenizer)[1] for choice in example.choices]
     by_length = row.values.get("metric") == "choice_norm"
-    return Item(index, tuple(prompt), tuple(answer), tuple(map(tuple, choices)), example.label, by_length)
+    characters = tuple(map(len, example.choices))
+    return Item(index, tuple(prompt), tuple(answer), tuple(map(tuple, choices)), example.label, characters, by_length)
 
 
 def _digest(folder: Path, names: Sequence[str]) -> str:

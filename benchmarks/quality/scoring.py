@@ -1,4 +1,4 @@
-"""Score rows teacher-forced, and look at the routing of rows; each in large batches of similar length."""
+"""Score rows as `molora train` does, and look at the routing of rows; each in batches of similar length."""
 
 from __future__ import annotations
 
@@ -13,15 +13,18 @@ from torch import Tensor
 from benchmarks.quality.data import Batch, Item
 from benchmarks.quality.routing import summary
 from benchmarks.quality.training import Place, answer_losses
-from molora.likelihood import Prompted, log_likelihoods
+from molora.evaluation.rows import EncodedRow, score_rows
 from molora.routing.affinity import Sums, sums_of
 from molora.routing.inputs import routing_inputs, scopes
 from molora.routing.masks import prompt_of_labels
 from molora.routing.record import record_routing
 from molora.routing.stacked import stack_records
 
-TOKENS = {"cpu": 2048, "cuda": 8192}
-"""Tokens of a batch, padding included."""
+BATCH = {"cpu": 16, "cuda": 128}
+"""Rows of a batch that is scored."""
+
+TOKENS = {"cpu": 1024, "cuda": 4096}
+"""Tokens of a batch whose routing is looked at, padding included."""
 
 
 def score(
@@ -41,44 +44,29 @@ def score(
         every one of them is what the model would have written after those before; `choice`, 1 if the right choice is
         likeliest, None where nothing is chosen.
     """
-    items = [item for rows in tasks for item in rows]
-    nll, tokens, exact = [0.0] * len(items), [0] * len(items), [0] * len(items)
     with torch.no_grad(), place.precision():
-        for batch in _batches(items, TOKENS[place.device]):
-            given = place.batch([items[at] for at in batch], experts)
-            with _routed(model, given):
-                losses, known, right = answer_losses(model, given)
-            columns = (losses.sum(dim=1), known.sum(dim=1), right.sum(dim=1))
-            for at, loss, count, hits in zip(batch, *(column.tolist() for column in columns), strict=True):
-                nll[at], tokens[at], exact[at] = round(loss, 6), count, int(hits == count)
-        chosen = [_chosen(model, rows, place, experts) if choices else [None] * len(rows) for rows in tasks]
-    scored: list[dict[str, list[Any]]] = []
-    start = 0
-    for rows, picks in zip(tasks, chosen, strict=True):
-        own = slice(start, start + len(rows))
-        scored.append({"nll": nll[own], "tokens": tokens[own], "exact": exact[own], "choice": picks})
-        start += len(rows)
-    return scored
+        return [_of_task(model, rows, place, experts, choices) for rows in tasks]
 
 
-def _chosen(model: PeftModel, rows: Sequence[Item], place: Place, experts: int) -> list[int | None]:
-    """Whether the likeliest choice of each row is the right one."""
-    asked = [at for at, item in enumerate(rows) if item.choices]
-    result: list[int | None] = [None] * len(rows)
-    if not asked:
-        return result
-    prompted = [
-        Prompted(list(rows[at].prompt), [list(ids) for ids in rows[at].choices], rows[at].scores(experts))
-        for at in asked
-    ]
-    batch_size = 128 if place.device == "cuda" else 16
-    found = log_likelihoods(model, place.pad, prompted, batch_size, lambda _: None, rows[asked[0]].task)
-    for at, values in zip(asked, found, strict=True):
-        item = rows[at]
-        if item.by_length:
-            values = [value / len(ids) for value, ids in zip(values, item.choices, strict=True)]
-        result[at] = int(values.index(max(values)) == item.label)
-    return result
+def _of_task(
+    model: PeftModel, rows: Sequence[Item], place: Place, experts: int, choices: bool
+) -> dict[str, list[Any]]:
+    encoded = [_encoded(item, experts, choices) for item in rows]
+    found = score_rows(model, place.pad, encoded, BATCH[place.device], task_id=rows[0].task if rows else None)
+    picks = [one.chosen_by_length if item.by_length else one.chosen for item, one in zip(rows, found, strict=True)]
+    return {
+        "nll": [round(one.nll, 6) for one in found],
+        "tokens": [one.tokens for one in found],
+        "exact": [int(one.greedy) for one in found],
+        "choice": [None if pick is None else int(pick) for pick in picks],
+    }
+
+
+def _encoded(item: Item, experts: int, choices: bool) -> EncodedRow:
+    scores = item.scores(experts)
+    if choices and item.choices:
+        return EncodedRow(item.prompt, item.choices, item.label, item.characters, scores)
+    return EncodedRow(item.prompt, [item.answer], expert_scores=scores)
 
 
 def routing_of(
@@ -95,7 +83,7 @@ def routing_of(
     found: dict[tuple[str, ...], Sums] = {}
     with torch.no_grad(), place.precision():
         for task, rows in enumerate(tasks):
-            for batch in _batches(rows, TOKENS[place.device] // 2):
+            for batch in _batches(rows, TOKENS[place.device]):
                 given = place.batch([rows[at] for at in batch], experts)
                 labels = given["labels"]
                 with record_routing(model, labels=labels) as records, _routed(model, given):

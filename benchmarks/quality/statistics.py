@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from molora.evaluation.metrics import paired_error, pulls
+
 Scored = Sequence[Mapping[str, Sequence[Any]]]
 """For each task the lists over its rows that `scoring.score` returns."""
 
@@ -85,11 +87,14 @@ def difference(own: Scored, other: Scored) -> list[float]:
 
 def row_error(own: Scored, other: Scored) -> float:
     """Standard error over rows of the mean difference of two runs, paired: the noise of the test rows alone."""
-    squared = 0.0
-    for one, two, mean in zip(own, other, difference(own, other), strict=True):
-        rows = zip(one["nll"], two["nll"], one["tokens"], strict=True)
-        squared += sum((a - b - mean * n) ** 2 for a, b, n in rows) / sum(one["tokens"]) ** 2
-    return math.sqrt(squared) / len(own)
+    difference(own, other)  # refuses other rows
+    errors = [paired_error(_pulls(one), _pulls(two)) or 0.0 for one, two in zip(own, other, strict=True)]
+    return math.hypot(*errors) / len(own)
+
+
+def _pulls(task: Mapping[str, Sequence[float]]) -> list[float]:
+    """How far each row pulls the mean loss of an answer token."""
+    return pulls([nll / n for nll, n in zip(task["nll"], task["tokens"], strict=True)], task["tokens"])
 
 
 def best_rate(losses: Mapping[float, Sequence[float]]) -> tuple[float, bool]:

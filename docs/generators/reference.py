@@ -36,7 +36,7 @@ _GROUPS = {
 
 def commands() -> str:
     """The page of every command and its options."""
-    _, parsers = arguments._build()
+    _, parsers = arguments.build()
     intro = (
         "Exit codes: 0 for success, 2 for a mistake in the command line, the run file or the data, 130 after Ctrl-C, "
         "1 for anything else. `--debug` shows the traceback of an error; `molora --version` is the version. "

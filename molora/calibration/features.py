@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from molora.errors import MoloraError
 from molora.heads import last_logits_only
 from molora.kernels.dispatch import using
 from molora.modes import evaluating
 from molora.plain.moments import Batch, run_batch
+from molora.progress import bar
 from molora.routing import RouterInput
 from molora.routing.masks import TokenMasks, reads_decoder
 
@@ -69,13 +69,13 @@ def collect_features(
     options: dict[str, Any] = {"use_cache": False} if hasattr(model, "generate") else {}
     options |= last_logits_only(model)
     total = len(groups) * len(batches)
-    with tqdm(total=total, desc="calibrating routers", unit="batch", disable=not progress, delay=2) as bar:
+    with bar(total, "calibrating routers", "batch", shown=progress) as shown:
         for group in groups:
             collector = _Collector(group, name)
             with evaluating(model), using("reference"), collector.attached():
                 for batch, chosen in zip(batches, kept, strict=True):
                     run_batch(model, batch, partial(collector.begin, batch, chosen), **options)
-                    bar.update()
+                    shown.update()
             yield from collector.inputs()
 
 

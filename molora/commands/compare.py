@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,12 @@ from rich.console import Console
 from rich.table import Table
 
 from molora.errors import ConfigError, Problem
+from molora.evaluation import TaskScore, with_error
+from molora.evaluation.metrics import paired_error
+from molora.evaluation.record import read_rows_file, with_rows
 from molora.parameters import count_by_kind
 from molora.reports.data import Score
-from molora.reports.folder import Folder, read_folder
+from molora.reports.folder import Folder, listed, read_folder
 from molora.reports.training import scores_of
 from molora.writing import check_place, new_file
 
@@ -31,11 +34,15 @@ class Side:
         name: What its column is called.
         facts: What it is, in words, by name.
         scores: By task and metric.
+        pulls: How far each row pulls each score, where that lies beside the adapter.
+        digests: By task, what its rows were.
     """
 
     name: str
     facts: dict[str, str]
     scores: dict[tuple[str, str], Score]
+    pulls: dict[tuple[str, str], list[float]] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -44,12 +51,14 @@ class Difference:
 
     Attributes:
         value: This one less the first one.
-        error: Its standard error, were the rows independent, `None` if it is not known. Both were scored on the same
-            rows as a rule, so the true one is smaller.
+        error: Its standard error, `None` if it is not known: paired on rows if it is known that both scored the same
+            ones, else as of independent rows, which is too large if they were the same.
+        paired: Which of the two.
     """
 
     value: float
     error: float | None
+    paired: bool = False
 
     @property
     def is_clear(self) -> bool:
@@ -94,15 +103,25 @@ def side(name: str, folder: Folder) -> Side:
         "held-out loss": _last(losses, "eval_loss"),
     }
     scores = {} if isinstance(found, str) else {(score.task, score.metric): score for score in found}
-    return Side(name, facts, scores)
+    rows = read_rows_file(folder.path)
+    taken = with_rows([TaskScore.from_json(e) for e in listed(folder.record, "after") if _is_score(e)], rows, "after")
+    pulls = {(one.task, one.metric): one.pulls() for one in taken if one.rows}
+    return Side(name, facts, scores, pulls, rows.get("digests", {}))
 
 
-def difference(first: Score | None, other: Score | None) -> Difference | None:
-    """Of two scores after training; `None` if one is missing."""
-    if first is None or other is None or first.after is None or other.after is None:
+def difference(first: Side, other: Side, key: tuple[str, str]) -> Difference | None:
+    """Of two scores after training, by task and metric; `None` if one is missing."""
+    one, two = first.scores.get(key), other.scores.get(key)
+    if one is None or two is None or one.after is None or two.after is None:
         return None
-    errors = [error for error in (first.errors[1], other.errors[1]) if error is not None]
-    return Difference(other.after - first.after, math.hypot(*errors) if len(errors) == 2 else None)
+    digests, pulls = (
+        [side.digests.get(key[0]) for side in (first, other)],
+        [first.pulls.get(key), other.pulls.get(key)],
+    )
+    if digests[0] == digests[1] is not None and pulls[0] and pulls[1] and len(pulls[0]) == len(pulls[1]):
+        return Difference(two.after - one.after, paired_error(pulls[1], pulls[0]), paired=True)
+    errors = [error for error in (one.errors[1], two.errors[1]) if error is not None]
+    return Difference(two.after - one.after, math.hypot(*errors) if len(errors) == 2 else None)
 
 
 def table(sides: Sequence[Side]) -> Table:
@@ -114,10 +133,8 @@ def table(sides: Sequence[Side]) -> Table:
             made.add_row(fact, *cells)
     made.add_section()
     for key in dict.fromkeys(key for one in sides for key in one.scores):
-        cells = [
-            _cell(one.scores.get(key), difference(sides[0].scores.get(key), one.scores.get(key))) for one in sides
-        ]
-        cells[0] = _cell(sides[0].scores.get(key), None)
+        moved = [None, *(difference(sides[0], one, key) for one in sides[1:])]
+        cells = [_cell(one.scores.get(key), by) for one, by in zip(sides, moved, strict=True)]
         made.add_row(f"{key[0]}, {key[1]}", *cells)
     return made
 
@@ -135,9 +152,10 @@ def as_json(sides: Sequence[Side]) -> list[dict[str, Any]]:
                     "rows": score.rows,
                     "before": score.before,
                     "after": score.after,
-                    "standard_error": score.errors[1],
+                    "stderr": score.errors[1],
+                    **_from_first(difference(sides[0], one, key)),
                 }
-                for score in one.scores.values()
+                for key, score in one.scores.items()
             ],
         }
         for one in sides
@@ -148,14 +166,29 @@ def _cell(score: Score | None, from_first: Difference | None) -> str:
     if score is None or score.after is None:
         return "–"
     error = "" if score.errors[1] is None else f" ± {score.errors[1]:.3f}"
-    moved = "" if from_first is None else f"  {from_first.value:+.3f}{'*' if from_first.is_clear else ''}"
-    return f"{score.after:.3f}{error}{moved}"
+    if from_first is None:
+        return f"{score.after:.3f}{error}"
+    moved = with_error(from_first.value, from_first.error if from_first.paired else None, "+")
+    return f"{score.after:.3f}{error}  {moved}{'*' if from_first.is_clear else ''}"
+
+
+def _from_first(found: Difference | None) -> dict[str, Any]:
+    if found is None:
+        return {}
+    return {"difference": found.value, "difference_stderr": found.error, "paired": found.paired}
+
+
+def _is_score(entry: Any) -> bool:
+    return isinstance(entry, dict) and {"task", "metric", "value", "count"} <= set(entry)
 
 
 def _caption(sides: Sequence[Side]) -> str:
     if not any(one.scores for one in sides):
         return "No scores lie beside these adapters: datasets of `molora train` need evaluation rows (eval_path)."
-    return f"± one standard error over rows; * further from the first column than {CLEAR:g} of the difference's."
+    return (
+        f"± one standard error over rows; * further from the first column than {CLEAR:g} of the difference's, which "
+        "is paired on rows, and shown, where both scored the same ones."
+    )
 
 
 def _last(entries: Sequence[dict[str, Any]], name: str) -> str:

@@ -1,13 +1,14 @@
-"""`molora eval`: run tasks of lm-evaluation-harness on an adapter, routed or exported, or on a model."""
+"""`molora eval`: score an adapter, routed or exported, or a model: on rows, and on tasks of lm-evaluation-harness."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from rich.console import Console
 
 from molora.commands.needs import reads_scores, reads_tasks, scores_per_row, task_id
@@ -15,7 +16,11 @@ from molora.commands.session import read_tasks
 from molora.config import MoLoraConfig
 from molora.data import TaskData, load_tasks
 from molora.errors import ConfigError, Problem, did_you_mean
-from molora.harness import evaluate
+from molora.evaluation import TaskScore, score_table, score_tasks
+from molora.evaluation.needs import check_routing
+from molora.evaluation.record import as_entries
+from molora.harness import check_installed, evaluate
+from molora.harness.results import versions
 from molora.loaded import load_any, read_any_config, run_file_of
 from molora.report import known_tasks
 from molora.runfile import load_run_file
@@ -32,6 +37,7 @@ def run(
     limit: int | None = None,
     batch_size: int = 8,
     base_model: str | None = None,
+    base: bool = True,
     task: str | None = None,
     scores: Sequence[float] | None = None,
     output: str | None = None,
@@ -47,6 +53,7 @@ def run(
         limit: Rows of each task.
         batch_size: Rows of a forward pass.
         base_model: Base model to use instead of the one named in the adapter.
+        base: Whether to score rows without the adapter too.
         task: Name or id of the task of all rows, for adapters whose routing reads it.
         scores: A number per expert for rows that bring none, likewise.
         output: File for the scores, as JSON; nothing is overwritten.
@@ -58,30 +65,66 @@ def run(
     """
     if output is not None:
         check_place(output)
+    if tasks:
+        check_installed()
     config = read_any_config(directory)
     given = _routing_inputs(directory, config, task, scores)
     rows, longest = _rows(directory, data) if data or not tasks else ([], 64)
-    if config is not None and isinstance(config, MoLoraConfig) and reads_tasks(config) and task is None:
+    rows = [replace(one, eval=one.eval[:limit]) for one in rows]
+    if isinstance(config, MoLoraConfig) and reads_tasks(config) and task is None:
         given["task_ids"] = _ids_of_rows(directory, config, tasks, rows)
     model, tokenizer = load_any(directory, config, base_model)
-    found = evaluate(
-        model,
-        tokenizer,
-        tasks,
-        data=rows,
-        include_path=include_path,
-        limit=limit,
-        batch_size=batch_size,
-        max_new_tokens=longest,
-        **given,
-    )
-    Console().print(found.table())
+    document: dict[str, Any] = {
+        "model": str(Path(directory).absolute()),
+        "kind": _kind(config),
+        "batch_size": batch_size,
+        "limit": limit,
+        "versions": versions(),
+    }
+    console = Console()
+    if rows:
+        before, after = _score_rows(model, tokenizer, rows, given, batch_size, longest, base)
+        console.print(score_table(before, after))
+        document |= {"before": as_entries(before), "scores": as_entries(after, before)}
+    if tasks:
+        given |= {"include_path": include_path, "limit": limit, "batch_size": batch_size}
+        found = evaluate(model, tokenizer, tasks, **given)
+        console.print(found.table())
+        document["harness"] = found.document()
     if output is not None:
-        document = found.document(model=str(Path(directory).absolute()), kind=_kind(config), batch_size=batch_size)
         with new_file(output) as path:
             path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        Console().print(f"The scores are in {output}.", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"The scores are in {output}.", markup=False, highlight=False, soft_wrap=True)
     return 0
+
+
+def _score_rows(
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[TaskData],
+    given: Mapping[str, Any],
+    batch_size: int,
+    longest: int,
+    base: bool,
+) -> tuple[list[TaskScore], list[TaskScore]]:
+    """Score rows without the adapter, if there is one and it is asked for, and with it."""
+    ids, own = given.get("task_ids"), given.get("expert_scores", ())
+    common, by_name = (ids, {}) if isinstance(ids, int) else (None, ids or {})
+    check_routing(model, [], tasks, common, by_name, own)
+    filled = [
+        replace(task, eval=[replace(row, expert_scores=row.expert_scores or own) for row in task.eval])
+        for task in tasks
+    ]
+    places = [by_name.get(task.name, common or 0) for task in tasks]
+
+    def scored() -> list[TaskScore]:
+        return score_tasks(model, tokenizer, filled, batch_size=batch_size, max_new_tokens=longest, task_ids=places)
+
+    before: list[TaskScore] = []
+    if base and isinstance(model, PeftModel):
+        with model.disable_adapter():
+            before = scored()
+    return before, scored()
 
 
 def _kind(config: PeftConfig | None) -> str:

@@ -37,6 +37,7 @@ datasets:
 {datasets}
 
 ### training: any field of TRL's SFTConfig
+# license: apache-2.0                       # of the adapter, for its model card; none is named without
 output_dir: {output}                 # must not exist, or be empty: nothing is overwritten
 num_train_epochs: 1
 per_device_train_batch_size: 8

@@ -1,4 +1,4 @@
-"""`molora inspect`: what an adapter folder holds, without loading its base model."""
+"""`molora inspect`: what an adapter folder holds and how it was trained, in short, without loading its base model."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from molora.adapters import read_adapter_config, read_adapter_tensors
 from molora.commands.needs import reads_scores, reads_tasks, scores_per_row
 from molora.config import MoLoraConfig
 from molora.evaluation import TaskScore, score_table
 from molora.parameters import count_by_kind, module_kind
 from molora.plan import routing_spec
-from molora.report import REPORT_FILE, TaskRouting, known_tasks, routing_table
+from molora.report import REPORT_FILE, TaskRouting, routing_table
+from molora.reports.folder import read_folder
+from molora.reports.short import in_short
 from molora.routing import reads
 
 
@@ -28,10 +29,10 @@ def run(directory: str) -> int:
     Raises:
         ConfigError: If the folder holds no molora adapter.
     """
-    config = read_adapter_config(directory)
-    tensors = read_adapter_tensors(directory)
+    folder = read_folder(directory)
+    config, tensors = folder.adapter.config, folder.adapter.tensors
     console = Console()
-    console.print(_summary(config, known_tasks(directory), _is_calibrated(tensors)))
+    console.print(_summary(config, folder.tasks, _is_calibrated(tensors)))
     console.print(_by_module(list(tensors)))
     parameters = Table("parameters", "number", title="Parameters by kind", title_justify="left")
     # The indices of shards are tensors, but no parameters.
@@ -40,7 +41,11 @@ def run(directory: str) -> int:
         parameters.add_row(kind, f"{number:,}")
     parameters.add_row("all", f"{sum(counts.values()):,}", style="bold")
     console.print(parameters)
-    _print_report(console, Path(directory) / REPORT_FILE)
+    console.print("\nIn short")
+    for line in in_short(folder):
+        console.print(f"- {line}", markup=False, highlight=False, soft_wrap=True)
+    _print_report(console, folder.path / REPORT_FILE)
+    console.print(f"\n`molora report {directory} OUT` draws curves, loads, affinities and tokens.", markup=False)
     return 0
 
 
@@ -162,7 +167,7 @@ def _print_report(console: Console, path: Path) -> None:
         return
     if report["after"]:
         console.print("\nScores on held-out rows")
-        scores = [[TaskScore(**score) for score in report[when]] for when in ("before", "after")]
+        scores = [[TaskScore.from_json(score) for score in report[when]] for when in ("before", "after")]
         console.print(score_table(*scores))
     if report["routing"]:
         console.print("\nHow each task is routed, averaged over linears")

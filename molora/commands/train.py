@@ -21,12 +21,14 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils.logging import disable_progress_bar
 
 from molora.base import resolve_base
+from molora.card.job import update_card
 from molora.commands.needs import advice_on_tasks, reads_scores, reads_tasks
 from molora.commands.progress import CompactProgress
 from molora.commands.session import RunData, adapt, load_model, read_tasks, tokenise, with_existing_adapter
 from molora.data import TaskCollator
 from molora.errors import MoloraError
 from molora.evaluation import TaskScore, score_table, score_tasks
+from molora.evaluation.record import ROWS_FILE, as_entries, write_rows
 from molora.quantization import RUN_FILE
 from molora.report import REPORT_FILE, TaskRouting, routing_by_task, routing_table
 from molora.runfile import RunFile, check_output_dir
@@ -216,13 +218,15 @@ def _finish(
     folder = run_file.output_dir
     report = {
         "tasks": [task.name for task in data.tasks],
-        "before": [asdict(score) for score in before],
-        "after": [asdict(score) for score in after],
+        "before": as_entries(before),
+        "after": as_entries(after, before),
         "routing": [asdict(task) for task in routing],
     }
     (folder / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    update_card(folder)
     if after:
-        console.print("\nScores on held-out rows")
+        write_rows(folder / ROWS_FILE, data.tasks, before=before, after=after)
+        console.print("\nScores on held-out rows; ± is a standard error over rows")
         console.print(score_table(before, after))
     if routing:
         console.print("\nHow each task is routed, averaged over linears")

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from molora.data import Example, encode_parts, examples_of, read_rows
 from molora.errors import DataError
 from molora.likelihood import Prompted, log_likelihoods
+from molora.progress import tracked
 
 BATCH_SIZE = 8
 
@@ -73,7 +74,7 @@ def score_candidates(
     was_training = base_model.training
     trainable = [parameter for parameter in base_model.parameters() if parameter.requires_grad]
     losses = []
-    for folder in folders:
+    for folder in tracked(folders, "scoring adapters", "adapter"):
         model = PeftModel.from_pretrained(base_model, str(folder)).eval()
         try:
             losses.append(shot_loss(model, tokenizer, shots))

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from molora.data.formats import Example
 from molora.data.mixture import TaskData
 from molora.errors import DataError
+from molora.progress import tracked
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +123,7 @@ def _tokenize(
 ) -> TokenizedTask:
     rows: list[dict[str, Any]] = []
     total, truncated = 0, 0
-    for example in examples:
+    for example in tracked(examples, f"tokenising {name}", "row"):
         prompt, completion = encode_parts(example, tokenizer)
         row: dict[str, Any] = {**_fit(prompt, completion, max_length), "task_ids": index}
         if example.expert_scores:

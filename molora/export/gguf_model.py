@@ -16,6 +16,7 @@ from molora.export.gguf import adapted_linears
 from molora.export.gguf_template import Template, check_template, open_template, value
 from molora.gguf_names import GgufLinear
 from molora.plain.lora import PlainLora
+from molora.progress import tracked
 from molora.writing import check_place, new_file
 
 if TYPE_CHECKING:
@@ -99,7 +100,8 @@ def _write(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for tensor, values in zip(template.reader.tensors, merged, strict=True):
+        pairs = zip(template.reader.tensors, merged, strict=True)
+        for tensor, values in tracked(pairs, "writing", "tensor", total=len(template.reader.tensors)):
             if values is None:
                 writer.write_tensor_data(tensor.data)
             else:

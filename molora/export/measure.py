@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax
-from tqdm.auto import tqdm
 
 from molora.modes import evaluating
 from molora.plain.moments import Batch, run_batch
+from molora.progress import tracked
 
 IGNORED = -100
 POSITIONS = 512
@@ -80,7 +80,7 @@ def divergences(
     """
     own, across = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
     with evaluating(routed, other):
-        for batch in tqdm(batches, desc="comparing", unit="batch", leave=False):
+        for batch in tracked(batches, "comparing", "batch"):
             wanted, labels = _predictions(routed, batch)
             with block():
                 given, _ = _predictions(other, batch)

@@ -100,6 +100,7 @@ def distilled(
             learning_rate=options.distill_learning_rate,
             batch_size=8,
             seed=options.seed,
+            disable_tqdm=False,
             distillation=DistillationOptions(hidden_weight=0.1),
         )
         state = {name: p.detach().float().cpu().clone() for name, p in student.named_parameters() if "lora_" in name}

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from rich.table import Table
 
 from molora._version import __version__
-from molora.evaluation import LOWER_IS_BETTER, TaskScore
+from molora.card.front import hub_id, last_part, merged
+from molora.card.place import with_front
+from molora.evaluation import HEADLINES, TaskScore
+from molora.evaluation.record import as_entries
 from molora.plain.calibrate import CURVE, Calibration
 
 _TITLES = {
@@ -44,10 +46,10 @@ class Quality:
     scores: list[TaskScore] = field(default_factory=list)
 
     def score(self) -> float | None:
-        """Mean over tasks of the mean of their scores; perplexities do not count. `None` without scores."""
+        """Mean over tasks of the mean of their accuracy, exact match and token F1; `None` without any."""
         by_task: dict[str, list[float]] = {}
         for one in self.scores:
-            if one.metric not in LOWER_IS_BETTER:
+            if one.metric in HEADLINES:
                 by_task.setdefault(one.task, []).append(one.value)
         means = [sum(values) / len(values) for values in by_task.values()]
         return sum(means) / len(means) if means else None
@@ -98,7 +100,12 @@ class ExportReport:
             "data": self.data,
             "calibration_tokens": found.tokens if found else None,
             "quality": {
-                name: {**asdict(one), "score": one.score(), "gain_kept": self.kept(name)}
+                name: {
+                    **asdict(replace(one, scores=[])),
+                    "scores": as_entries(one.scores),
+                    "score": one.score(),
+                    "gain_kept": self.kept(name),
+                }
                 for name, one in self.quality.items()
             },
             "linears": [asdict(fit) for fit in found.linears] if found else [],
@@ -132,18 +139,12 @@ def energy_table(calibration: Calibration) -> Table:
 
 def model_card(report: ExportReport, tags: Sequence[str], how_to_load: str) -> str:
     """The text of `README.md` in the exported folder."""
-    base = report.base_model
-    front = ["---", f"library_name: {'transformers' if report.target == 'dense' else 'peft'}"]
-    local = Path(base).is_absolute()
-    if not local:  # a path on someone's disk is no model on the hub
-        front.append(f"base_model: {base}")
-    front += ["tags:", *(f"- {tag}" for tag in tags), "---"]
+    base = hub_id(report.base_model)
+    library = "transformers" if report.target == "dense" else "peft"
     lines = [
-        *front,
-        "",
         f"# {_TITLES[report.target]} from a mixture of LoRA experts",
         "",
-        f"Made by molora {__version__} from an adapter of {Path(base).name if local else base}, {report.method}."
+        f"Made by molora {__version__} from an adapter of {base or last_part(report.base_model)}, {report.method}."
         + (f" Rank {report.rank}." if report.rank else ""),
         *(
             ["", "Fixed by " + ", ".join(f"{k} = {v}" for k, v in report.fixed_by.items()) + "."]
@@ -158,7 +159,7 @@ def model_card(report: ExportReport, tags: Sequence[str], how_to_load: str) -> s
         lines += ["", f"Calibrated with rows of {report.data}; measured on rows that nothing was fitted to."]
     for note in report.notes:
         lines += ["", note]
-    return "\n".join(lines) + "\n"
+    return with_front(merged({}, {"library_name": library}, tags, base), "\n".join(lines))
 
 
 def _markdown(report: ExportReport) -> list[str]:

@@ -9,15 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from molora.config import MoLoraConfig
 from molora.data.mixture import TaskData
-from molora.errors import ConfigError, MoloraError, Problem
+from molora.errors import MoloraError
+from molora.evaluation.needs import check_routing
 from molora.harness.results import Evaluation, scores_of
 from molora.modes import evaluating
-from molora.plan import routing_reads
 
 INSTALL_HINT = 'pip install "molora[eval]"'
 
@@ -71,14 +69,14 @@ def evaluate(
         >>> from molora.harness import evaluate  # doctest: +SKIP
         >>> print(evaluate(model, tokenizer, ["arc_easy"], limit=100).table())  # doctest: +SKIP
     """
-    _check_installed()
+    check_installed()
     if not tasks and not any(task.eval for task in data):
         raise MoloraError("there is nothing to evaluate: name tasks, or give data with rows to score.")
     if getattr(model.config, "is_encoder_decoder", False):
         raise MoloraError(f"evaluating needs a decoder-only language model, got {type(model).__name__}.")
     common = task_ids if isinstance(task_ids, int) else None
     by_name = task_ids if isinstance(task_ids, Mapping) else {}
-    _check_routing(model, tasks, data, common, by_name, expert_scores)
+    check_routing(model, tasks, data, common, by_name, expert_scores)
 
     from molora.harness.lm import RoutedLM
     from molora.harness.rows import row_tasks
@@ -92,7 +90,12 @@ def evaluate(
         return scores_of(_run(lm, loaded, limit), limit)
 
 
-def _check_installed() -> None:
+def check_installed() -> None:
+    """Raise, with the command that installs it, where lm-evaluation-harness is not installed.
+
+    Raises:
+        MoloraError: That it is not.
+    """
     try:
         import lm_eval  # noqa: F401
     except ImportError as error:
@@ -113,43 +116,6 @@ def _run(lm: Any, loaded: dict[str, Any], limit: int | None) -> Any:
         if "unsafe" in str(error) or "multimodal" in str(error):
             raise MoloraError(f"lm-evaluation-harness refuses: {error}") from error
         raise
-
-
-def _check_routing(
-    model: Any,
-    names: Sequence[str],
-    data: Sequence[TaskData],
-    common: int | None,
-    by_name: Mapping[str, int],
-    expert_scores: Sequence[float],
-) -> None:
-    """Refuse an evaluation whose rows lack what the routing reads.
-
-    Raises:
-        ConfigError: Naming the tasks, and how to give it.
-    """
-    adapters = model.active_adapters if isinstance(model, PeftModel) else []
-    configs = [config for name in adapters if isinstance(config := model.peft_config[name], MoLoraConfig)]
-    reads = frozenset().union(*map(routing_reads, configs))
-    problems = []
-    if "task" in reads:
-        number = min(config.num_tasks or 1 for config in configs if "task" in routing_reads(config))
-        without = [*names, *(task.name for task in data if task.name not in by_name)] if common is None else []
-        if without:
-            message = f"the routing reads the task of each row, and nothing says it for {', '.join(without)}; give it."
-            problems.append(Problem("task", message))
-        wrong = [index for index in (common, *by_name.values()) if index is not None and not 0 <= index < number]
-        if wrong:
-            problems.append(Problem("task", f"there is no task {wrong[0]}; the adapter knows 0 to {number - 1}."))
-    if "scores" in reads and not expert_scores:
-        bare = [task.name for task in data if not all(example.expert_scores for example in task.eval)]
-        if without := [*names, *bare]:
-            message = (
-                f"the routing reads scores of the experts, and rows of {', '.join(without)} have none; give them."
-            )
-            problems.append(Problem("scores", message))
-    if problems:
-        raise ConfigError(problems, "the adapter cannot be evaluated so")
 
 
 @contextmanager

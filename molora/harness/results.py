@@ -120,8 +120,12 @@ def scores_of(results: Mapping[str, Any], limit: int | None) -> Evaluation:
         for task, values in results["results"].items()
         for metric, filter_name, value in _metrics(values)
     ]
-    versions = {name: found for name in PACKAGES if (found := _version(name))}
-    return Evaluation(tuple(scores), results["versions"], results["n-shot"], limit, versions)
+    return Evaluation(tuple(scores), results["versions"], results["n-shot"], limit, versions())
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that a score depends on, of those that are installed."""
+    return {name: found for name in PACKAGES if (found := _version(name))}
 
 
 def _metrics(values: Mapping[str, Any]) -> Sequence[tuple[str, str, Any]]:

@@ -27,6 +27,7 @@ from molora.plain.fit import (
 from molora.plain.fixed import layers_of
 from molora.plain.lora import PlainLora
 from molora.plain.moments import DEFAULT_MEMORY, PARTS, Batch, collect
+from molora.progress import tracked
 from molora.routing.precision import promote
 
 METHODS = ("uniform", "usage", "calibrated")
@@ -144,7 +145,7 @@ def calibrate(
         for group in collect(
             model, routed, adapter_name, batches, by_block=joint, max_memory=max_memory, progress=progress
         ):
-            for name, moments in group.items():
+            for name, moments in tracked(group.items(), "fitting", "linear", shown=progress):
                 results[name] = _fit(name, layers[name], adapter_name, moments, rank, bias)
                 tokens = {part: max(tokens[part], one.count) for part, one in moments.items()}
             if joint:

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from tqdm.auto import tqdm
 
 from molora.errors import MoloraError
 from molora.heads import last_logits_only
 from molora.modes import evaluating
 from molora.plain.fit import Moments
 from molora.plan import layer_of
+from molora.progress import bar
 from molora.routing.inputs import routing_inputs, scopes
 from molora.routing.masks import TokenMasks, prompt_of_labels, token_masks
 from molora.routing.precision import promote
@@ -63,7 +63,7 @@ def collect(
     options: dict[str, Any] = {"use_cache": False} if hasattr(model, "generate") else {}
     options |= last_logits_only(model)
     total = len(groups) * sum(map(len, batches.values()))
-    with evaluating(model), tqdm(total=total, desc="calibrating", unit="batch", disable=not progress) as bar:
+    with evaluating(model), bar(total, "calibrating", "batch", shown=progress) as shown:
         for group in groups:
             collectors = {}
             for part, own in batches.items():
@@ -72,7 +72,7 @@ def collect(
                     for batch in own:
                         with suppress(_Enough):
                             run_batch(model, batch, collectors[part].begin, **options)
-                        bar.update()
+                        shown.update()
             yield {name: {part: c.moments(name) for part, c in collectors.items()} for name in group}
 
 

@@ -23,6 +23,7 @@ class Score:
         after: With it, if that was measured.
         errors: Standard errors of the two; `None` where they do not follow from what is known.
         bound: Whether the errors are upper bounds.
+        change_error: Standard error of the change, paired on rows; `None` if it is not known.
     """
 
     task: str
@@ -32,6 +33,7 @@ class Score:
     after: float | None
     errors: tuple[float | None, float | None] = (None, None)
     bound: bool = False
+    change_error: float | None = None
 
 
 @dataclass(frozen=True)

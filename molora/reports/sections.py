@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from molora.evaluation import LOWER_IS_BETTER
+from molora.evaluation import LOWER_IS_BETTER, with_error
 from molora.reports.charts import curve_chart
 from molora.reports.data import Account, Curve, Report, Score
 from molora.reports.markup import Html, facts, joined, table, tag
@@ -42,7 +42,10 @@ def scores(found: list[Score] | str) -> Html:
     for one in found:
         before, after = scored(one.before, one.errors[0], one.bound), scored(one.after, one.errors[1], one.bound)
         rows.append([one.task, one.metric.replace("_", " "), str(one.rows), before, after, _change(one)])
-    note = "± is a standard error over the rows, 0 where all score alike; ≤ marks one that is at most that."
+    note = (
+        "± is a standard error over the rows, 0 where all score alike, of a change paired on them; "
+        "≤ marks one that is at most that."
+    )
     inner = table(["task", "metric", "rows", "before", "after", "change"], rows, 2, "Scores before and after training")
     return section("scores", "Scores on held-out rows", inner, tag("p", note, class_="note"))
 
@@ -52,7 +55,8 @@ def _change(score: Score) -> str:
         return "–"
     change = score.after - score.before
     better = change < 0 if score.metric in LOWER_IS_BETTER else change > 0
-    return tag("span", f"{change:+.3f}", class_="good" if better else "bad" if change else None)
+    shown = with_error(change, score.change_error, "+")
+    return tag("span", shown, class_="good" if better else "bad" if change else None)
 
 
 def curves(found: list[Curve] | str) -> Html:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
+from molora.evaluation import with_error
 from molora.reports.data import Account, Affinity, Cosines, Loads, Report, Score, Usage
 from molora.reports.likeness import ALIKE_ABOVE
 from molora.routing.statistics import DEAD_BELOW
@@ -23,10 +24,10 @@ def markdown(report: Report, pictures: Mapping[str, str]) -> str:
     """
     lines = [f"# {plain(report.title)}", "", f"`{report.formula}`", ""]
     lines += [f"- **{plain(name)}**: {plain(value)}" for name, value in report.about.items()]
-    lines += ["", "## Scores", "", *_scores(report.scores)]
+    lines += ["", "## Scores", "", *score_lines(report.scores)]
     lines += ["", "## Routing", ""]
     found = (report.loads, report.usage, report.affinity, report.cosines)
-    sentences = [prose(one) if isinstance(one, str) else _sentence(one) for one in found]
+    sentences = [prose(one) if isinstance(one, str) else sentence(one) for one in found]
     lines += [f"- {sentence}" for sentence in dict.fromkeys(sentences)]
     lines += ["", "## Parameters", "", *_account(report.account), ""]
     lines += [f"![{plain(shown)}]({name})\n" for name, shown in pictures.items()] or [NO_PICTURES, ""]
@@ -59,17 +60,27 @@ def scored(value: float | None, error: float | None, bound: bool) -> str:
     return f"{value:.3f}" + ("" if error is None else f" {'± ≤' if bound else '±'} {error:.3f}".replace("± ≤ ", "± ≤"))
 
 
-def _scores(scores: Sequence[Score] | str) -> list[str]:
+def score_lines(scores: Sequence[Score] | str) -> list[str]:
+    """A table of scores before and after training, or why there is none."""
     if isinstance(scores, str):
         return [prose(scores)]
-    lines = ["| task | metric | rows | before | after |", "|---|---|--:|--:|--:|"]
+    lines = ["| task | metric | rows | before | after | change |", "|---|---|--:|--:|--:|--:|"]
     for one in scores:
         before, after = scored(one.before, one.errors[0], one.bound), scored(one.after, one.errors[1], one.bound)
-        lines.append(f"| {plain(one.task)} | {plain(one.metric)} | {one.rows} | {before} | {after} |")
-    return [*lines, "", "± is a standard error over rows; ≤ marks one that is at most that."]
+        change = "–"
+        if one.before is not None and one.after is not None:
+            change = with_error(one.after - one.before, one.change_error, "+")
+        names = f"{plain(one.task)} | {plain(one.metric.replace('_', ' '))}"
+        lines.append(f"| {names} | {one.rows} | {before} | {after} | {change} |")
+    return [
+        *lines,
+        "",
+        "± is a standard error over rows, of a change paired on them; ≤ marks one that is at most that.",
+    ]
 
 
-def _sentence(found: Loads | Usage | Affinity | Cosines) -> str:
+def sentence(found: Loads | Usage | Affinity | Cosines) -> str:
+    """The most important of a finding, in words."""
     if isinstance(found, Loads):
         dead, whole = dead_experts(found)
         return f"{dead} of {whole} experts are dead: below a tenth of an even share, on {plain(found.origin)}."

@@ -55,7 +55,9 @@ def _score(task: str, metric: str, both: Mapping[str, Mapping[str, Any]]) -> Sco
     rows = max(int(entry.get("count", 0)) for entry in both.values())
     own = any(_own_error(entry) is not None for entry in both.values())
     bound = not own and metric in _BETWEEN_0_AND_1 and metric not in _SHARES
-    return Score(task, metric, rows, values[0], values[1], (errors[0], errors[1]), bound)
+    change = both.get("after", {}).get("change_stderr")
+    known = change if isinstance(change, float) else None
+    return Score(task, metric, rows, values[0], values[1], (errors[0], errors[1]), bound, known)
 
 
 def _own_error(entry: Mapping[str, Any]) -> float | None:

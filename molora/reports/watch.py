@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from molora.data import TokenizedTask
 from molora.heads import last_logits_only
 from molora.modes import evaluating
 from molora.plain.moments import Batch, run_batch
+from molora.progress import bar
 from molora.routing.affinity import Sums, sums_of
 from molora.routing.record import RoutingRecord, record_routing
 from molora.routing.stacked import StackedRouting, stack_records
@@ -82,7 +82,7 @@ def watch_rows(
     seen = Seen()
     options = _options(model)
     chosen = [list(task.dataset.select(range(min(rows, len(task.dataset))))) for task in tasks]
-    with evaluating(model), tqdm(total=sum(map(len, chosen)), desc="routing", unit="row") as bar:
+    with evaluating(model), bar(sum(map(len, chosen)), "routing", "row") as shown:
         for index, own in enumerate(chosen):
             for start in range(0, len(own), batch_size):
                 batch = collate(own[start : start + batch_size])
@@ -91,7 +91,7 @@ def watch_rows(
                 answers = batch["labels"] >= 0
                 for stack in stack_records(records):
                     seen.add(stack, answers.to(stack.probabilities.device), index, len(tasks), highest)
-                bar.update(len(batch["input_ids"]))
+                shown.update(len(batch["input_ids"]))
     return seen
 
 

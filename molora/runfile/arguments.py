@@ -64,9 +64,12 @@ class EvaluationArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class RunSwitches:
-    """What a run may do beyond training. The meaning of each field is in its `help` metadata."""
+    """What a run may do beyond training, and what it says. The meaning of each field is in its `help` metadata."""
 
     overwrite: bool = _option(False, "Allow an `output_dir` that already holds files.")
+    license: str | None = _option(
+        None, "Licence of the adapter, for its model card, as the hub names it: `apache-2.0`, `mit`, `other` …"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -62,6 +62,7 @@ def load_run_file(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -
         evaluation=EvaluationArguments(**groups[keys.EVALUATION]),
         launch=LaunchArguments(**groups[keys.LAUNCH]),
         overwrite=groups[keys.RUN].get("overwrite", False),
+        license=groups[keys.RUN].get("license"),
         preset=preset,
         document=document,
     )

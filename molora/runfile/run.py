@@ -45,6 +45,7 @@ class RunFile:
         evaluation: How tasks are scored.
         launch: How many processes train, and how.
         overwrite: Whether `output_dir` may already hold files.
+        license: Licence of the adapter, for its model card.
         preset: Name of the preset the adapter started from.
     """
 
@@ -56,6 +57,7 @@ class RunFile:
     evaluation: EvaluationArguments
     launch: LaunchArguments
     overwrite: bool
+    license: str | None
     preset: str | None
     document: Document = dataclasses.field(repr=False, compare=False)
 
@@ -102,6 +104,7 @@ class RunFile:
             **self.training,
             **dataclasses.asdict(self.evaluation),
             "overwrite": self.overwrite,
+            "license": self.license,
             **dataclasses.asdict(self.launch),
         }
 

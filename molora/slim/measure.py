@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from molora.evaluation import TaskScore
+from molora.evaluation.record import as_entries
 from molora.export.measure import divergences
 from molora.heads import last_logits_only
 from molora.modes import evaluating
@@ -45,7 +46,11 @@ class Quality:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return asdict(self)
+        scores = {
+            "scores_before": as_entries(self.scores_before),
+            "scores_after": as_entries(self.scores_after, self.scores_before),
+        }
+        return asdict(replace(self, scores_before=[], scores_after=[])) | scores
 
 
 @torch.no_grad()

@@ -11,6 +11,8 @@ from typing import Any
 from rich.table import Table
 
 from molora._version import __version__
+from molora.card.front import hub_id, last_part
+from molora.card.place import CARD_FILE
 from molora.slim.adapter import Adapter
 from molora.slim.changes import ModuleChange, Slimmed
 from molora.slim.measure import Quality
@@ -44,23 +46,21 @@ def write_report(report: Mapping[str, Any], folder: Path) -> None:
 
 
 def write_card(slim: Slimmed, before: Adapter, quality: Quality | None, folder: Path) -> None:
-    """Write a model card into an adapter folder."""
-    (folder / "README.md").write_text(model_card(slim, before, quality), encoding="utf-8")
+    """Write a model card into an adapter folder: what was done to it, and what every adapter's card says."""
+    # That part reads what reports read, and they read slimmed adapters.
+    from molora.card.job import update_card
+
+    (folder / CARD_FILE).write_text(card_text(slim, before, quality), encoding="utf-8")
+    update_card(folder)
 
 
-def model_card(slim: Slimmed, before: Adapter, quality: Quality | None) -> str:
-    """The text of `README.md` beside a smaller adapter: what was done, and the numbers of `molora_slim.json`."""
+def card_text(slim: Slimmed, before: Adapter, quality: Quality | None) -> str:
+    """What the card of a smaller adapter begins with: what was done, and the numbers of `molora_slim.json`."""
     base = str(before.config.base_model_name_or_path or "")
-    local = Path(base).is_absolute()
-    front = ["---", "library_name: peft"]
-    if base and not local:  # a path on someone's disk is no model on the hub
-        front.append(f"base_model: {base}")
     done = ", ".join(f"{name} = {value}" for name, value in slim.options.items())
     lines = [
-        *front,
-        *("tags:", "- molora", "- peft", "---", ""),
         *("# A smaller mixture of LoRA experts", ""),
-        f"Made by molora {__version__} from an adapter of {Path(base).name if local else base or 'a model'}: "
+        f"Made by molora {__version__} from an adapter of {hub_id(base) or last_part(base) or 'a model'}: "
         f"{slim.operation}, with {done}. `import molora` lets PEFT load it.",
     ]
     for line in summary(slim, before, quality):
