@@ -22,7 +22,7 @@ from transformers import Trainer
 
 import molora_cli
 from molora import MoLoraConfig
-from molora.card.front import hub_id, is_path, last_part, merged, model_index
+from molora.card.front import merged, model_index
 from molora.card.job import update_card
 from molora.card.method import preset_of
 from molora.card.place import placed
@@ -30,6 +30,7 @@ from molora.compose import compose
 from molora.parameters import count_by_kind
 from molora.presets import available_presets
 from molora.reports.data import Score
+from molora.shown import hub_id, is_path, last_part
 from molora.slim import slim_adapter
 
 HUB = "someone/tiny-llama"

@@ -60,7 +60,7 @@ def test_a_run_gives_a_page_with_every_section_filled(root: Path, tmp_path: Path
         assert expected in text
     assert "y = W₀x + Σₑ wₑ(x)" in text
     card = (tmp_path / "out" / CARD).read_text(encoding="utf-8")
-    assert "| maths | exact\\_match | 5 |" in card
+    assert "| maths | exact match | 5 |" in card
     assert str(root) not in card
     assert sorted(path.name for path in (root / "run").iterdir()) == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

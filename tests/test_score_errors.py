@@ -117,6 +117,18 @@ def test_the_table_shows_errors_and_without_earlier_scores_one_column() -> None:
     console.print(score_table([before], [after]))
     console.print(score_table([], [after]))
     text = console.export_text()
-    assert "0.250 ± 0.250" in text
-    assert "+0.500 ± 0.289" in text
+    assert "0.250±0.250" in text
+    assert "+0.500±0.289" in text
     assert "value" in text
+
+
+def test_the_table_fits_into_80_columns_with_numbers_whole() -> None:
+    console = Console(width=80, record=True, file=io.StringIO())
+    weights = [3] * 4
+    before = TaskScore.of_rows("slot_extraction", "perplexity", [3.5, 3.7, 3.9, 3.1], weights)
+    after = TaskScore.of_rows("slot_extraction", "perplexity", [0.1, 0.2, 0.3, 0.1], weights)
+    extra = TaskScore.of_rows("slot_extraction", "accuracy_norm", [0, 1, 0, 1])
+    console.print(score_table([before, extra], [after, extra]))
+    lines = console.export_text().splitlines()
+    assert len([line for line in lines if "slot_extraction" in line]) == 2
+    assert any(f"{before.value:.3f}±{before.stderr:.3f}" in line and "perplexity" in line for line in lines)

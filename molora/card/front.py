@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
-from molora.base import PACKAGED
-from molora.runfile.datasets import looks_local
+from molora.shown import hub_id
 
 if TYPE_CHECKING:
     from molora.reports.data import Score
 
-_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
-_CACHED = re.compile(r"[/\\]models--([^/\\]+)[/\\]snapshots[/\\]")
-"""Where the hub's library keeps a model that it downloaded."""
 _ADAPTER_OF = "base_model:adapter:"
 _ORDER = (
     *("library_name", "base_model", "base_model_relation", "pipeline_tag", "tags", "license", "license_name"),
@@ -34,29 +29,6 @@ _PIPELINES = {
 }
 _OURS = "molora"
 """Marks our own results in a card, as the name of the metric's configuration."""
-
-
-def hub_id(name: str | None) -> str | None:
-    """The id on the hub that a name is; `None` for a folder and for the packaged model."""
-    if not name:
-        return None
-    cached = _CACHED.search(name)
-    if cached:
-        return cached[1].replace("--", "/", 1)
-    if name == PACKAGED or looks_local(name, Path()) or not _HUB_ID.match(name):
-        return None
-    return name
-
-
-def last_part(name: str) -> str:
-    """What a name or path ends with; the packaged model's name for the folder it was converted into."""
-    last = PureWindowsPath(name).name if is_path(name) else name
-    return PACKAGED if re.fullmatch(rf"{PACKAGED}-v\d+", last) else last
-
-
-def is_path(text: str) -> bool:
-    """Whether a text is a path that says where things lie on a machine."""
-    return text.startswith(("/", "~", "./", "../", "file:")) or PureWindowsPath(text).is_absolute()
 
 
 def pipeline_of(task_type: object) -> str | None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from molora.base import PACKAGED
-from molora.card.front import last_part
 from molora.card.source import Source
 from molora.config import MoLoraConfig
 from molora.plan import routing_reads
+from molora.shown import last_part
 
 _CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",

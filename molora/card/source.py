@@ -9,7 +9,6 @@ from typing import Any
 
 import yaml
 
-from molora.card.front import hub_id, is_path, last_part
 from molora.card.method import preset_of
 from molora.card.training import training_in
 from molora.config import MoLoraConfig
@@ -18,6 +17,7 @@ from molora.presets import PRESETS
 from molora.reports.data import Score
 from molora.reports.folder import Folder, listed, read_folder
 from molora.reports.training import scores_of
+from molora.shown import hub_id, is_path, last_part
 from molora.slim.adapter import Adapter
 
 OTHER_WEIGHTS = "adapter_model.bin"

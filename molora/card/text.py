@@ -7,7 +7,6 @@ from typing import Any
 
 import yaml
 
-from molora.card.front import hub_id, last_part
 from molora.card.loading import how_to_load
 from molora.card.method import described
 from molora.card.place import version_lines
@@ -17,6 +16,7 @@ from molora.reports.about import about, formula, versions
 from molora.reports.folder import listed
 from molora.reports.summary import dead_experts, plain, score_lines
 from molora.reports.training import loads_of
+from molora.shown import hub_id, last_part
 
 _OWN_ROWS = ("base model", "method", "trained on", "state")
 """Facts of a report that a card says in words of its own."""

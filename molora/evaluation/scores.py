@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from molora.evaluation.metrics import paired_error, pulls, standard_error, weighted_mean
@@ -110,20 +111,21 @@ def score_table(before: Sequence[TaskScore], after: Sequence[TaskScore]) -> Tabl
     ± is one standard error over rows, that of a change paired on them where single rows are known.
     """
     earlier = {(score.task, score.metric): score for score in before}
-    table = Table("task", "metric")
+    # Narrow, and numbers whole: all of it fits into 80 columns.
+    table = Table("task", "metric", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for name in ("rows", "before", "after", "change") if before else ("rows", "value"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for score in after:
         cells = [score.task, score.metric, str(score.count)]
         if not before:
-            table.add_row(*cells, with_error(score.value, score.stderr))
+            table.add_row(*cells, _tight(score.value, score.stderr))
             continue
         old = earlier.get((score.task, score.metric))
         change = Change.between(old, score) if old else None
         table.add_row(
             *cells,
-            with_error(old.value, old.stderr) if old else "-",
-            with_error(score.value, score.stderr),
+            _tight(old.value, old.stderr) if old else "-",
+            _tight(score.value, score.stderr),
             _coloured(change) if change else "-",
         )
     return table
@@ -136,4 +138,8 @@ def with_error(value: float, stderr: float | None, sign: str = "") -> str:
 
 def _coloured(change: Change) -> str:
     colour = "green" if change.better else "red" if change.value else "dim"
-    return f"[{colour}]{with_error(change.value, change.stderr, '+')}[/]"
+    return f"[{colour}]{_tight(change.value, change.stderr, '+')}[/]"
+
+
+def _tight(value: float, stderr: float | None, sign: str = "") -> str:
+    return with_error(value, stderr, sign).replace(" ", "")

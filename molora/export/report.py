@@ -9,11 +9,12 @@ from typing import Any
 from rich.table import Table
 
 from molora._version import __version__
-from molora.card.front import hub_id, last_part, merged
+from molora.card.front import merged
 from molora.card.place import with_front
 from molora.evaluation import HEADLINES, TaskScore
 from molora.evaluation.record import as_entries
 from molora.plain.calibrate import CURVE, Calibration
+from molora.shown import hub_id, last_part
 
 _TITLES = {
     "lora": "A plain LoRA",

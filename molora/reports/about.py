@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 from molora.config import MoLoraConfig
 from molora.loaded import read_run
 from molora.parameters import module_kind
 from molora.plan import routing_spec
 from molora.reports.folder import Folder
+from molora.shown import last_part
 
 _PACKAGES = ("molora", "torch", "transformers", "peft", "trl", "datasets", "accelerate")
 _SELECTED = {
@@ -50,8 +50,7 @@ def about(folder: Folder) -> dict[str, str]:
 
 def base_name(config: MoLoraConfig) -> str:
     """What the base model is called; of a folder on someone's disk only its last part."""
-    name = str(config.base_model_name_or_path or "not named")
-    return Path(name).name if Path(name).is_absolute() else name
+    return last_part(str(config.base_model_name_or_path or "not named"))
 
 
 def formula(config: MoLoraConfig) -> str:

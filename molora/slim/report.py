@@ -11,8 +11,8 @@ from typing import Any
 from rich.table import Table
 
 from molora._version import __version__
-from molora.card.front import hub_id, last_part
 from molora.card.place import CARD_FILE
+from molora.shown import hub_id, last_part
 from molora.slim.adapter import Adapter
 from molora.slim.changes import ModuleChange, Slimmed
 from molora.slim.measure import Quality
