@@ -44,6 +44,7 @@ serve-test:
 
 test-quantization: $(VENV)/test-quantization.done
 	$(VENV)/bin/python -m pytest -n 2 --dist worksteal tests/test_quantization.py tests/test_quantization_run.py $(ARGS)
+	$(VENV)/bin/python -m pytest tests/test_method_files.py -k qlora
 
 lint: $(VENV)/dev.done
 	$(VENV)/bin/ruff check .

@@ -112,6 +112,8 @@ def routing_table(tasks: Sequence[TaskRouting]) -> Table:
         "dead": "dead_experts",
         "threshold": "threshold_mean",
     }
+    if not any(task.metrics[columns["threshold"]] for task in tasks):
+        del columns["threshold"]
     table = Table()
     table.add_column("task", no_wrap=True)
     for column in ("tokens", *columns, "distance"):

@@ -110,7 +110,7 @@ def test_generate_and_inspect_use_the_saved_adapter(run_file, capsys):
     printed = capsys.readouterr().out
     for expected in ("4 of rank 4", "adaptive_threshold", "q_proj", "threshold nets", "no, it routes"):
         assert expected in printed
-    for in_short in ("Loss: train", "experts are dead", "have a cosine above", "on disk", "needs max_lora_rank"):
+    for in_short in ("Loss: train", " dead: below a tenth", "with a cosine above", "on disk", "needs max_lora_rank"):
         assert in_short in printed
 
 

@@ -1,4 +1,4 @@
-"""Every run file in configs/methods is planned and trained as its header says, and the result loads and generates.
+"""Every run file in configs is planned and trained as its header says, and what a method leaves loads and generates.
 
 The commands are those of the file's own header, run in a folder that looks like the repository and holds tiny LoRAs.
 """
@@ -13,15 +13,19 @@ from pathlib import Path
 import pytest
 import tiny
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
 from methods import base_model
 from peft import LoraConfig, get_peft_model
 
 import molora_cli
+from molora.runfile import load_run_file
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "configs" / "methods").glob("*.yaml"))
 LORAS = ("sentiment", "arithmetic", "sql")
 BASES = ("llama", "olmoe")
+OTHERS = sorted((ROOT / "configs").glob("*.yaml"))
+PROFILES = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +61,7 @@ def commands(path):
     """The commands in a file's header, as lists of words."""
     header = path.read_text(encoding="utf-8").split("\n\n")[0]
     lines = "\n".join(line.removeprefix("#") for line in header.splitlines()).replace("\\\n", " ").splitlines()
-    return [shlex.split(line) for line in lines if line.startswith(("   molora ", "   head "))]
+    return [shlex.split(line, comments=True) for line in lines if line.startswith(("   molora ", "   head "))]
 
 
 def shortened(content, options):
@@ -67,11 +71,16 @@ def shortened(content, options):
     words += ["per_device_train_batch_size=3", "disable_tqdm=true", "logging_steps=1"]
     for index, dataset in enumerate(content["datasets"]):
         other = dict(itertools.pairwise(options)).get(f"--datasets.{index}.path")
-        path = other or dataset["path"].removeprefix("../../")
+        path = other or dataset["path"].replace("../", "")
         held_out = path if "scores" in path else path.replace(".train.", ".test.")
         words += [f"datasets.{index}.max_samples=6", f"datasets.{index}.eval_max_samples=2"]
         words += [f"datasets.{index}.eval_path={held_out}"]
     return words
+
+
+def molora(*words):
+    """Run a command that must succeed; what went wrong is in the captured output."""
+    assert molora_cli.main(list(words)) == 0, words
 
 
 def given(content):
@@ -85,15 +94,12 @@ def given(content):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_a_methods_file_does_what_its_header_says(path, workspace, here, capsys):
+def test_a_methods_file_does_what_its_header_says(path, workspace, here):
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     assert content["preset"] == path.stem
     if path.stem != "lora":
         for made in ("loras", "gates"):
             (here / "runs" / made).symlink_to(workspace / "runs" / made)
-
-    def molora(*words):
-        assert molora_cli.main(list(words)) == 0, capsys.readouterr().err
 
     *before, (_, command, *words) = commands(path)
     tiny_run = shortened(content, words)
@@ -108,3 +114,28 @@ def test_a_methods_file_does_what_its_header_says(path, workspace, here, capsys)
     out = words[words.index("--output_dir") + 1] if "--output_dir" in words else content["output_dir"]
     molora("inspect", out)
     molora("generate", out, "--prompt", "a", "--max-new-tokens", "2", *given(content))
+
+
+@pytest.mark.parametrize("path", OTHERS, ids=lambda path: path.stem)
+def test_every_other_run_file_does_what_its_header_says(path, here):
+    if path.stem == "qlora":
+        pytest.importorskip("bitsandbytes", reason="`make test-quantization` installs it")
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    written = commands(path)
+    assert {command for _, command, *_ in written} == {"train", "plan"}
+    for number, (_, *words) in enumerate(written):
+        molora(*words, *shortened(content, words), f"output_dir=runs/{number}")
+        assert (here / f"runs/{number}/adapter_model.safetensors").is_file() == (words[0] == "train")
+
+
+@pytest.mark.parametrize("path", PROFILES, ids=lambda path: path.stem)
+def test_accelerate_reads_every_profile_and_a_run_takes_it_by_name(path, here):
+    """What they train is tested in test_processes*.py, by as many processes as there can be."""
+    kinds = {"single": "NO", "ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
+    profile = load_config_from_file(str(path))
+    assert profile.distributed_type == kinds[path.stem]
+    for _, command, _, *options in commands(path):
+        run = load_run_file("configs/quickstart.yaml", options)
+        assert (command, run.launch.accelerate_config) == ("train", path.stem)
+        assert run.wants_processes
+    assert len(commands(path)) == (path.stem != "single")

@@ -160,7 +160,7 @@ def _routing(source: Source) -> list[str]:
         rows = [row for row in loads.end if row]
         most = max((max(row) for row in rows), default=0.0)
         lines.append(
-            f"In {loads.origin}, {dead:,} of {whole:,} experts are dead: they get less than a tenth of an even share. "
+            f"Dead experts, with less than a tenth of an even share in {loads.origin}: {dead:,} of {whole:,}. "
             f"The largest share that one expert of a linear gets is {most:.1%}."
         )
         used = _experts_used(source)

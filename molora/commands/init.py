@@ -24,6 +24,7 @@ _FILE = """\
 
 ### model
 model_name_or_path: {model}   # hub id, local folder, or the packaged {packaged}
+# dtype: float32                            # for CPUs; default as the checkpoint has it, mostly bfloat16
 # load_in_4bit: true                        # a quantised base: docs/quantization.md
 
 ### adapter: any field of MoLoraConfig; `molora presets` lists methods, `molora schema` explains every field

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Mapping
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -15,10 +13,11 @@ from torch import Tensor
 from molora.commands.needs import reads_scores, reads_tasks, scores_per_row
 from molora.config import MoLoraConfig
 from molora.evaluation import TaskScore, score_table
+from molora.evaluation.record import read_rows_file, with_rows
 from molora.parameters import count_by_kind, module_kind
 from molora.plan import routing_spec
-from molora.report import REPORT_FILE, TaskRouting, routing_table
-from molora.reports.folder import read_folder
+from molora.report import TaskRouting, routing_table
+from molora.reports.folder import Folder, listed, read_folder
 from molora.reports.short import in_short
 from molora.routing import reads
 
@@ -44,7 +43,7 @@ def run(directory: str) -> int:
     console.print("\nIn short")
     for line in in_short(folder):
         console.print(f"- {line}", markup=False, highlight=False, soft_wrap=True)
-    _print_report(console, folder.path / REPORT_FILE)
+    _print_report(console, folder)
     console.print(f"\n`molora report {directory} OUT` draws curves, loads, affinities and tokens.", markup=False)
     return 0
 
@@ -157,18 +156,15 @@ def _by_module(names: list[str]) -> Table:
     return table
 
 
-def _print_report(console: Console, path: Path) -> None:
-    if not path.is_file():
-        return
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        console.print(f"\n{path.name} beside the adapter is damaged and left out.", soft_wrap=True)
-        return
-    if report["after"]:
+def _print_report(console: Console, folder: Folder) -> None:
+    rows = read_rows_file(folder.path)
+    scores = [
+        with_rows([TaskScore.from_json(entry) for entry in listed(folder.record, when)], rows, when)
+        for when in ("before", "after")
+    ]
+    if scores[1]:
         console.print("\nScores on held-out rows")
-        scores = [[TaskScore.from_json(score) for score in report[when]] for when in ("before", "after")]
         console.print(score_table(*scores))
-    if report["routing"]:
+    if routing := listed(folder.record, "routing"):
         console.print("\nHow each task is routed, averaged over linears")
-        console.print(routing_table([TaskRouting(**task) for task in report["routing"]]))
+        console.print(routing_table([TaskRouting(**task) for task in routing]))

@@ -34,5 +34,8 @@ class CompactProgress(ProgressCallback):
         if "loss" not in logs:
             super().on_log(args, state, control, logs=logs, **kwargs)
         elif state.is_world_process_zero and self.training_bar is not None:
-            numbers = [text.format(float(logs[name])) for name, text in COLUMNS.items() if name in logs]
+            known = {name: float(logs[name]) for name in COLUMNS if name in logs}
+            if not known.get("molora/threshold_mean"):  # a method without thresholds
+                known.pop("molora/threshold_mean", None)
+            numbers = [COLUMNS[name].format(value) for name, value in known.items()]
             self.training_bar.write(f"step {state.global_step:>4}  " + "  ".join(numbers))

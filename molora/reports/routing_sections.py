@@ -64,7 +64,7 @@ def load(found: Loads | str) -> Html:
     said = (
         "Share of the selections that falls on each expert of each linear; rows are linears by layer, columns "
         "experts. "
-        f"{dead} of {whole} experts are dead: they get less than a tenth of an even share."
+        f"Dead experts, with less than a tenth of an even share: {dead} of {whole}."
     )
     panels = []
     for kind, own in by_kind(found.modules).items():

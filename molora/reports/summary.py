@@ -83,7 +83,8 @@ def sentence(found: Loads | Usage | Affinity | Cosines) -> str:
     """The most important of a finding, in words."""
     if isinstance(found, Loads):
         dead, whole = dead_experts(found)
-        return f"{dead} of {whole} experts are dead: below a tenth of an even share, on {plain(found.origin)}."
+        are = "is" if dead == 1 else "are"
+        return f"{dead} of {whole} experts {are} dead: below a tenth of an even share, on {plain(found.origin)}."
     if isinstance(found, Usage):
         return f"A token uses {found.mean:.2f} experts on average, over linears and {found.tokens:,} tokens."
     if isinstance(found, Affinity):
@@ -94,8 +95,8 @@ def sentence(found: Loads | Usage | Affinity | Cosines) -> str:
             f"most in `{found.modules[best]}`, {found.bits[best]:.3f} bits."
         )
     return (
-        f"{len(found.pairs)} pairs of experts have a cosine above {ALIKE_ABOVE:g}; "
-        f"{len(found.empty)} experts add nothing."
+        f"Pairs of experts with a cosine above {ALIKE_ABOVE:g}: {len(found.pairs)}. "
+        f"Experts that add nothing: {len(found.empty)}."
     )
 
 
