@@ -68,6 +68,7 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
     rows = "rows as `train` reads them, may be given several times; default the run's evaluation rows"
     parser.add_argument("--data", action="append", default=[], metavar="FILE", help=rows)
     parser.add_argument("--no-base", dest="base", action="store_false", help="score rows with the adapter only")
+    parser.add_argument("--max-new-tokens", type=count, metavar="N", help="of an answer; default the run's, or 64")
     parser.add_argument("--limit", type=count, metavar="N", help="rows of each task")
     parser.add_argument("--batch-size", type=count, default=8, metavar="N", help="default 8")
     parser.add_argument("--base-model", metavar="X", help="name or folder; default the one it was trained on")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -35,16 +35,18 @@ class ModelScope(RoutingScope):
     Attributes:
         wants_base: Whether an adapter's router reads the base model's last hidden states.
         hooks: Those by which the model tells of its calls.
-        for_trainers: Configs with fields that molora's trainers read, until a training has been seen.
+        configs: Those of the model's adapters by name, as they are now.
+        trainer_known: Whether a training was seen, and what it leaves out was said.
     """
 
-    _LASTING = ("always", "spans_layers", "wants_base", "hooks", "for_trainers")
+    _LASTING = ("always", "spans_layers", "wants_base", "hooks", "configs")
 
     def __init__(self) -> None:
         super().__init__()
         self.wants_base = False
         self.hooks: list[RemovableHandle] = []
-        self.for_trainers: list[MoLoraConfig] = []
+        self.configs: Mapping[str, Any] = {}
+        self.trainer_known = False
 
     def attach(self, model: nn.Module) -> None:
         """Let a model tell of its calls, and an encoder-decoder of those of its encoder, which may run by itself."""
@@ -67,7 +69,8 @@ class ModelScope(RoutingScope):
     def before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A call begins; if a router needs them, the base model's hidden states are computed."""
         super().before_forward(model, args, kwargs)
-        if self.for_trainers and model.training and torch.is_grad_enabled() and not self.silent:
+        training = model.training and torch.is_grad_enabled() and not self.silent
+        if training and not self.trainer_known and not torch.compiler.is_compiling():  # which allows no warnings
             self._look_for_trainer(model)
         call = self.call
         if call is None or self.silent or not self.wants_base:
@@ -82,20 +85,19 @@ class ModelScope(RoutingScope):
 
     def _look_for_trainer(self, model: nn.Module) -> None:
         """Warn, once, if a training leaves out what only molora's trainers do; they are known by their recorder."""
-        layer = next((layer for _, layer in adapted_modules(model) if not layer.disable_adapters), None)
-        if layer is None:
+        layer = next((layer for _, layer in adapted_modules(model)), None)
+        if layer is None or layer.disable_adapters or not any(p.requires_grad for p in layer.parameters()):
             return
-        fields = {
-            name: None
-            for config in self.for_trainers
-            for name in _LEFT_TO_TRAINERS
-            if getattr(config, name) and not config.inference_mode
-        }
-        self.for_trainers.clear()
-        if fields and getattr(layer, RECORDER) is None:
+        if getattr(layer, RECORDER) is not None:
+            self.trainer_known = True
+            return
+        configs = [self.configs[name] for name in layer.active_adapters if name in self.configs]
+        left_out = [name for name in _LEFT_TO_TRAINERS if any(getattr(config, name, None) for config in configs)]
+        if left_out:
+            self.trainer_known = True
             warnings.warn(
-                f"this training leaves out {' and '.join(fields)} of the adapter, which molora's trainers follow and "
-                "others do not know. Take one of molora.trainers, or put RoutingLossMixin before yours "
+                f"this training leaves out {' and '.join(left_out)} of the adapter, which molora's trainers follow "
+                "and others do not know. Take one of molora.trainers, or put RoutingLossMixin before yours "
                 "(docs/trainers.md); or empty these fields.",
                 UserWarning,
                 stacklevel=2,
@@ -139,8 +141,6 @@ def scope_of(model: nn.Module, config: MoLoraConfig) -> ModelScope:
         scope.attach(model)
     scope.always = scope.always or needs_every_call(config)
     scope.wants_base = scope.wants_base or config.router_input == "base"
-    if any(getattr(config, name) for name in _LEFT_TO_TRAINERS):
-        scope.for_trainers.append(config)
     scope.spans_layers = scope.spans_layers or config.router_sharing == "model" or config.router == "recurrent"
     return scope
 

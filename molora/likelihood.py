@@ -85,7 +85,7 @@ def likelihoods(
         task_id: The task of all rows, for routing that reads it.
 
     Raises:
-        MoloraError: The model keeps no key-value cache.
+        MoloraError: The model keeps no key-value cache, or its logits are NaN.
     """
     results: list[list[Likelihood]] = [[] for _ in rows]
     uncached = generation_needs(model).get("use_cache") is False
@@ -196,7 +196,13 @@ def _score_batch(model: Any, pad: int, rows: Sequence[Prompted]) -> list[Likelih
 
 def _summed(total: torch.Tensor, chosen: torch.Tensor, known: torch.Tensor) -> list[Likelihood]:
     """Sum over the known tokens [C, L] of each completion."""
-    totals, greedy = (total * known).sum(dim=1), (chosen | ~known.bool()).all(dim=1)
+    # Not multiplied: the likelihood of padding may be no number.
+    totals, greedy = total.masked_fill(~known.bool(), 0.0).sum(dim=1), (chosen | ~known.bool()).all(dim=1)
+    if bool(totals.isnan().any()):
+        raise MoloraError(
+            "the model's answers are NaN, so there is nothing to score. If it was trained, its training diverged: "
+            "lower the learning rate. Else load it in another dtype; float16 overflows in models made for bfloat16."
+        )
     return [Likelihood(*pair) for pair in zip(totals.tolist(), greedy.tolist(), strict=True)]
 
 

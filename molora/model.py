@@ -69,6 +69,7 @@ class MoLoraModel(BaseTuner):
         linears = [key.removesuffix(".base_layer") for key, module in model.named_modules() if is_linear(module)]
         self._placement.expect(targets, linears)
         self._scope = scope_of(model, peft_config)
+        self._scope.configs = self.peft_config
 
     def _create_and_replace(
         self,

@@ -11,7 +11,7 @@ from peft import get_peft_model
 
 import molora_cli
 from molora import MoLoraConfig
-from molora.commands.compare import Side, difference
+from molora.commands.compare import Difference, Side, difference
 from molora.errors import MoloraError
 from molora.reports.data import Score
 from molora.runfile.run import TRAINED_WITH, check_versions
@@ -54,7 +54,17 @@ def test_a_difference_is_paired_where_the_rows_are_the_same(digests, error, pair
     ]
     found = difference(*sides, KEY)
     # Rows that move 0.1 each against each other: sqrt((0.1² + 0.1²) * 2 / 1).
+    assert found.rows == 50
     assert (found.error, found.paired) == (pytest.approx(error), paired)
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "rows", "clear"),
+    [(1.0, 0.0, 2, False), (1.0, 0.0, 10, True), (1e-6, 5e-8, 50, False), (0.3, 0.1, 9, False), (0.3, 0.1, 10, True)],
+    ids=["two rows that agree", "ten that do", "rounding", "nine rows", "ten rows"],
+)
+def test_few_rows_and_rounding_mark_nothing(value, error, rows, clear):
+    assert Difference(value, error, True, rows).is_clear is clear
 
 
 NONE = Side("b", {}, {})
@@ -93,6 +103,8 @@ def test_runs_stand_side_by_side(runs, capsys, monkeypatch):
     written = json.loads((runs / "out.json").read_text())
     assert [one["name"] for one in written] == ["a", "b", "bare"]
     assert written[1]["scores"][0]["after"] == 0.9
+    assert "difference" in written[1]["scores"][0]
+    assert "difference" not in written[0]["scores"][0]
     assert written[2]["scores"] == []
 
 

@@ -107,6 +107,14 @@ def test_the_command_evaluates_rows_on_every_kind_of_folder(folders, tmp_path, k
     assert ("before" in capsys.readouterr().out) is (kind != "base")
 
 
+def test_answers_are_as_long_as_in_the_run_unless_told_otherwise(folders, monkeypatch):
+    seen = []
+    monkeypatch.setattr(command, "score_tasks", lambda *_, **options: seen.append(options["max_new_tokens"]) or [])
+    for kind, options in (("routed", {}), ("plain", {}), ("routed", {"max_new_tokens": 9})):
+        command.run(str(folders[kind]), data=[str(folders["rows"])], base=False, **options)
+    assert seen == [4, 64, 9]
+
+
 def test_the_base_need_not_be_scored(folders, capsys):
     command.run(str(folders["plain"]), data=[str(folders["rows"])], limit=2, base=False)
     assert "before" not in capsys.readouterr().out

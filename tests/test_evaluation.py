@@ -13,6 +13,7 @@ from tiny import tiny_gpt2, tiny_llama, tiny_qwen2, tiny_t5, tiny_tokenizer
 from molora.data import Example, TaskCollator, TaskData, encode, encode_parts, tokenize_tasks
 from molora.errors import MoloraError
 from molora.evaluation import TaskScore, score_table, score_tasks, token_f1
+from molora.evaluation.rows import encode_row
 from molora.heads import generation_needs
 from molora.likelihood import Prompted, log_likelihoods
 from molora.report import routing_by_task
@@ -138,6 +139,33 @@ def test_long_prompts_lose_their_start_where_positions_run_out():
         max_new_tokens=4,
     )
     assert set(found) == {"accuracy", "accuracy_norm", "exact_match", "token_f1", "perplexity"}
+
+
+@pytest.mark.parametrize("choices", [(), ("x" * 60, "b")], ids=["an answer", "a choice"])
+def test_answers_longer_than_the_context_lose_their_end(choices):
+    found = scores(tiny_gpt2(n_positions=32), chat("q", "x" * 60, choices=choices, label=0 if choices else -1))
+    assert math.isfinite(found["perplexity"].value)
+
+
+def test_a_choice_without_any_token_cannot_be_scored():
+    bare = tiny_tokenizer()
+    bare.eos_token = None
+    row = encode_row(Example("hi", "", "t", ("", "no"), 0), bare, 99)
+    assert row is None
+
+
+def test_answers_that_are_no_numbers_are_refused():
+    model = tiny_llama()
+    model.lm_head.weight.data.fill_(float("nan"))
+    with pytest.raises(MoloraError, match="training diverged"):
+        scores(model, chat("q", "a", choices=("a", "b"), label=0))
+
+
+def test_a_tokenizer_without_padding_is_told_what_to_set():
+    bare = tiny_tokenizer()
+    bare.pad_token = None
+    with pytest.raises(MoloraError, match=r"tokenizer\.pad_token = tokenizer\.eos_token"):
+        score_tasks(tiny_llama(), bare, [task(chat("q", "a"))], progress=False)
 
 
 def test_bfloat16_scores_are_finite():

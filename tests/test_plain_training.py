@@ -49,6 +49,39 @@ def test_what_a_loop_of_ones_own_leaves_out_is_said_once(kind: str, fields: dict
     assert all(names[kind] in sentence and "RoutingLossMixin" in sentence for sentence in found)
 
 
+def test_only_the_adapters_that_are_trained_count() -> None:
+    model = mixture()
+    model.add_adapter("plain", MoLoraConfig.from_preset("mole", r=2, target_modules=["q_proj"], routing_losses={}))
+    model.set_adapter("plain")
+    assert said(model.train()) == []
+    model.set_adapter("default")
+    assert len(said(model)) == 1
+
+
+def test_a_pass_of_a_frozen_adapter_is_none_and_does_not_use_up_the_warning() -> None:
+    model = mixture().train()
+    model.get_input_embeddings().weight.requires_grad_(True)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("embed" in name)
+    assert said(model) == []
+    model.set_adapter("default")  # which makes it trainable
+    assert len(said(model)) == 1
+
+
+def test_a_deleted_adapter_is_forgotten() -> None:
+    model = mixture()
+    model.add_adapter("plain", MoLoraConfig.from_preset("mole", r=2, target_modules=["q_proj"], routing_losses={}))
+    model.set_adapter("plain")
+    model.delete_adapter("default")
+    assert said(model.train()) == []
+
+
+def test_a_compiled_training_stays_one_graph() -> None:
+    model = mixture().train()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert compiled(input_ids=IDS, labels=IDS).loss.requires_grad
+
+
 def test_a_copy_says_so_too() -> None:
     assert len(said(copy.deepcopy(mixture()).train())) == 1
 

@@ -14,7 +14,7 @@ from tiny import tiny_llama, tiny_tokenizer
 from molora.data import Example, TaskData
 from molora.evaluation import Change, TaskScore, score_table, score_tasks
 from molora.evaluation.metrics import likeliest, paired_error, pulls, standard_error
-from molora.evaluation.record import as_entries, digest, read_rows_file, with_rows, write_rows
+from molora.evaluation.record import as_entries, digest, digests_of, read_rows_file, with_rows, write_rows
 
 DRAWN = np.random.default_rng(0)
 LOSSES = [DRAWN.gamma(2.0, 1.0, 40).tolist() for _ in range(2)]
@@ -99,11 +99,41 @@ def test_rows_come_back_from_their_file_and_sums_from_theirs(tmp_path) -> None:
         assert entry["change_stderr"] == Change.between(old, was).stderr
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"after": [{"task": "t"}]}', '{"after": []}'])
+ROWS = '{"digests": [], "after": [{"task": "t", "metric": "accuracy", "rows": %s, "weights": %s}]}'
+DAMAGED = {
+    "empty": "",
+    "a list": "[]",
+    "no metric": '{"after": [{"task": "t"}]}',
+    "no scores": '{"after": []}',
+    "null": '{"after": null}',
+    "text in place of a score": '{"after": ["x"]}',
+    "text in place of rows": ROWS % ('"ab"', "[1, 1]"),
+    "too few rows": ROWS % ("[1]", "[1]"),
+    "weights of zero": ROWS % ("[1, 0]", "[0, 0]"),
+    "no number": ROWS % ("[1, null]", "[1, 1]"),
+}
+
+
+@pytest.mark.parametrize("text", DAMAGED.values(), ids=DAMAGED)
 def test_a_damaged_file_of_rows_costs_the_pairing_only(text: str, tmp_path) -> None:
     (tmp_path / "molora_rows.json").write_text(text)
-    score = TaskScore("t", "accuracy", 0.5, 2)
-    assert with_rows([score], read_rows_file(tmp_path), "after")[0].rows == ()
+    document = read_rows_file(tmp_path)
+    assert with_rows([TaskScore("t", "accuracy", 0.5, 2)], document, "after")[0].rows == ()
+    assert digests_of(document) == {}
+
+
+def test_a_perplexity_beyond_all_numbers_is_infinite_and_null_in_json() -> None:
+    before, after = (TaskScore.of_rows("t", "perplexity", [loss, 3.0], [1, 1]) for loss in (2.0, 5000.0))
+    assert (after.value, after.stderr) == (math.inf, None)
+    entry = json.loads(json.dumps(as_entries([after], [before]), allow_nan=False))[0]
+    assert (entry["value"], entry["change_stderr"]) == (None, None)
+    assert TaskScore.from_json(entry) == after
+
+
+def test_names_of_tasks_are_no_markup() -> None:
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(score_table([], [TaskScore("[/x] maths [hard]", "accuracy", 0.5, 2)]))
+    assert "[/x] maths [hard]" in console.export_text()
 
 
 @pytest.mark.parametrize("other", [rows("one", "two"), rows("two", "one", "three"), rows("one", "two", "threes")])

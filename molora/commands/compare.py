@@ -10,20 +10,28 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from molora.errors import ConfigError, Problem
 from molora.evaluation import TaskScore, with_error
 from molora.evaluation.metrics import paired_error
-from molora.evaluation.record import read_rows_file, with_rows
+from molora.evaluation.record import digests_of, read_rows_file, with_rows
 from molora.parameters import count_by_kind
 from molora.reports.data import Score
 from molora.reports.folder import Folder, listed, read_folder
+from molora.reports.summary import scored
 from molora.reports.training import scores_of
 from molora.writing import check_place, new_file
 
 CLEAR = 2.0
 """Standard errors beyond which a difference is marked."""
+
+FEW = 10
+"""With fewer rows a standard error is too uncertain to mark anything by it."""
+
+_NOISE = 1e-4
+"""Differences below this are of rounding, whatever the rows say."""
 
 
 @dataclass(frozen=True)
@@ -54,16 +62,18 @@ class Difference:
         error: Its standard error, `None` if it is not known: paired on rows if it is known that both scored the same
             ones, else as of independent rows, which is too large if they were the same.
         paired: Which of the two.
+        rows: Rows scored by the one that scored fewer.
     """
 
     value: float
     error: float | None
     paired: bool = False
+    rows: int = 0
 
     @property
     def is_clear(self) -> bool:
         """Whether it is beyond what chance explains."""
-        return self.error is not None and abs(self.value) > CLEAR * self.error
+        return self.error is not None and self.rows >= FEW and abs(self.value) > max(CLEAR * self.error, _NOISE)
 
 
 def run(directories: Sequence[str], *, output: str | None = None) -> int:
@@ -106,7 +116,7 @@ def side(name: str, folder: Folder) -> Side:
     rows = read_rows_file(folder.path)
     taken = with_rows([TaskScore.from_json(e) for e in listed(folder.record, "after") if _is_score(e)], rows, "after")
     pulls = {(one.task, one.metric): one.pulls() for one in taken if one.rows}
-    return Side(name, facts, scores, pulls, rows.get("digests", {}))
+    return Side(name, facts, scores, pulls, digests_of(rows))
 
 
 def difference(first: Side, other: Side, key: tuple[str, str]) -> Difference | None:
@@ -114,28 +124,29 @@ def difference(first: Side, other: Side, key: tuple[str, str]) -> Difference | N
     one, two = first.scores.get(key), other.scores.get(key)
     if one is None or two is None or one.after is None or two.after is None:
         return None
+    value, rows = two.after - one.after, min(one.rows, two.rows)
     digests, pulls = (
         [side.digests.get(key[0]) for side in (first, other)],
         [first.pulls.get(key), other.pulls.get(key)],
     )
     if digests[0] == digests[1] is not None and pulls[0] and pulls[1] and len(pulls[0]) == len(pulls[1]):
-        return Difference(two.after - one.after, paired_error(pulls[1], pulls[0]), paired=True)
+        return Difference(value, paired_error(pulls[1], pulls[0]), paired=True, rows=rows)
     errors = [error for error in (one.errors[1], two.errors[1]) if error is not None]
-    return Difference(two.after - one.after, math.hypot(*errors) if len(errors) == 2 else None)
+    return Difference(value, math.hypot(*errors) if len(errors) == 2 else None, rows=rows)
 
 
 def table(sides: Sequence[Side]) -> Table:
     """One column for each adapter; scores with standard errors, and behind them how far they are from the first's."""
-    made = Table("", *(one.name for one in sides), caption=_caption(sides), caption_justify="left")
+    made = Table("", *(escape(one.name) for one in sides), caption=_caption(sides), caption_justify="left")
     for fact in sides[0].facts:
-        cells = [one.facts[fact] for one in sides]
+        cells = [escape(one.facts[fact]) for one in sides]
         if any(cells):
             made.add_row(fact, *cells)
     made.add_section()
     for key in dict.fromkeys(key for one in sides for key in one.scores):
         moved = [None, *(difference(sides[0], one, key) for one in sides[1:])]
         cells = [_cell(one.scores.get(key), by) for one, by in zip(sides, moved, strict=True)]
-        made.add_row(f"{key[0]}, {key[1]}", *cells)
+        made.add_row(escape(f"{key[0]}, {key[1]}"), *cells)
     return made
 
 
@@ -153,7 +164,8 @@ def as_json(sides: Sequence[Side]) -> list[dict[str, Any]]:
                     "before": score.before,
                     "after": score.after,
                     "stderr": score.errors[1],
-                    **_from_first(difference(sides[0], one, key)),
+                    "stderr_is_bound": score.bound,
+                    **_from_first(difference(sides[0], one, key) if one is not sides[0] else None),
                 }
                 for key, score in one.scores.items()
             ],
@@ -165,11 +177,11 @@ def as_json(sides: Sequence[Side]) -> list[dict[str, Any]]:
 def _cell(score: Score | None, from_first: Difference | None) -> str:
     if score is None or score.after is None:
         return "–"
-    error = "" if score.errors[1] is None else f" ± {score.errors[1]:.3f}"
+    shown = scored(score.after, score.errors[1], score.bound)
     if from_first is None:
-        return f"{score.after:.3f}{error}"
+        return shown
     moved = with_error(from_first.value, from_first.error if from_first.paired else None, "+")
-    return f"{score.after:.3f}{error}  {moved}{'*' if from_first.is_clear else ''}"
+    return f"{shown}  {moved}{'*' if from_first.is_clear else ''}"
 
 
 def _from_first(found: Difference | None) -> dict[str, Any]:
@@ -186,8 +198,8 @@ def _caption(sides: Sequence[Side]) -> str:
     if not any(one.scores for one in sides):
         return "No scores lie beside these adapters: datasets of `molora train` need evaluation rows (eval_path)."
     return (
-        f"± one standard error over rows; * further from the first column than {CLEAR:g} of the difference's, which "
-        "is paired on rows, and shown, where both scored the same ones."
+        f"± one standard error over rows, ≤ at most that; * further from the first column than {CLEAR:g} of the "
+        f"difference's, with {FEW} rows or more. It is paired on rows, and shown, where both scored the same ones."
     )
 
 

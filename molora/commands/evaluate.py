@@ -21,11 +21,14 @@ from molora.evaluation.needs import check_routing
 from molora.evaluation.record import as_entries
 from molora.harness import check_installed, evaluate
 from molora.harness.results import versions
-from molora.loaded import load_any, read_any_config, run_file_of
+from molora.loaded import load_any, read_any_config, read_run, run_file_of
 from molora.report import known_tasks
 from molora.runfile import load_run_file
 from molora.runfile.arguments import DatasetArguments
 from molora.writing import check_place, new_file
+
+LONGEST = 64
+"""Tokens of an answer where no run says it."""
 
 
 def run(
@@ -38,6 +41,7 @@ def run(
     batch_size: int = 8,
     base_model: str | None = None,
     base: bool = True,
+    max_new_tokens: int | None = None,
     task: str | None = None,
     scores: Sequence[float] | None = None,
     output: str | None = None,
@@ -54,6 +58,7 @@ def run(
         batch_size: Rows of a forward pass.
         base_model: Base model to use instead of the one named in the adapter.
         base: Whether to score rows without the adapter too.
+        max_new_tokens: Longest answer to a row; `None` for that of the run that made the adapter, or 64.
         task: Name or id of the task of all rows, for adapters whose routing reads it.
         scores: A number per expert for rows that bring none, likewise.
         output: File for the scores, as JSON; nothing is overwritten.
@@ -69,7 +74,8 @@ def run(
         check_installed()
     config = read_any_config(directory)
     given = _routing_inputs(directory, config, task, scores)
-    rows, longest = _rows(directory, data) if data or not tasks else ([], 64)
+    rows, longest = _rows(directory, data) if data or not tasks else ([], LONGEST)
+    longest = max_new_tokens or longest
     rows = [replace(one, eval=one.eval[:limit]) for one in rows]
     if isinstance(config, MoLoraConfig) and reads_tasks(config) and task is None:
         given["task_ids"] = _ids_of_rows(directory, config, tasks, rows)
@@ -135,7 +141,9 @@ def _rows(directory: str, files: Sequence[str]) -> tuple[list[TaskData], int]:
     """Return the rows to score by task, and the longest answer to them in tokens."""
     if files:
         specs = [DatasetArguments(path=str(Path(file).expanduser().absolute())) for file in files]
-        return [TaskData(task.name, task.weight, [], task.train) for task in load_tasks(specs, seed=0)], 64
+        run = read_run(directory)
+        longest = run.evaluation.eval_max_new_tokens if run is not None else LONGEST
+        return [TaskData(task.name, task.weight, [], task.train) for task in load_tasks(specs, seed=0)], longest
     file = run_file_of(directory)
     if file is None:
         message = f"{directory} does not come with a run file; name tasks with --tasks, or rows with --data."

@@ -9,8 +9,8 @@
 | all | `perplexity` | exp of the mean negative log-likelihood a token of the right answer, or of the text |
 
 A higher perplexity is worse. It moves before the others do, as it sees how sure the model is and not only what it
-would say: with few rows, look there first. `accuracy` and `accuracy_norm` are lm-evaluation-harness's `acc` and
-`acc_norm`.
+would say: with few rows, look there first. `accuracy` and `accuracy_norm` correspond to `acc` and `acc_norm` of
+lm-evaluation-harness, whose own tasks leave out the end.
 
 Likelihoods come from `molora.likelihood`, answers from `generate`. Routing that reads a task is given each task's
 position, routing that reads scores those of the row.

@@ -34,13 +34,14 @@ def answer(
         examples: Only prompt and expert scores are read.
         limit: Tokens the model can read.
         batch_size: Prompts a batch.
-        max_new_tokens: Longest answer.
+        max_new_tokens: Longest answer, if the context has room for it.
         tick: Told how many rows are done.
         task_id: The task of all rows, for routing that reads it.
     """
-    prompts = [tail(encode_parts(example, tokenizer)[0], limit - max_new_tokens) for example in examples]
+    longest = min(max_new_tokens, limit - 1)
+    prompts = [tail(encode_parts(example, tokenizer)[0], limit - longest) for example in examples]
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
-    config = _greedy(model, tokenizer, max_new_tokens)
+    config = _greedy(model, tokenizer, longest)
     device = next(model.parameters()).device
     answers = [""] * len(prompts)
     for start in range(0, len(order), batch_size):

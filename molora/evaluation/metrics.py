@@ -53,6 +53,11 @@ def likeliest(totals: Sequence[float], lengths: Sequence[int] | None = None) -> 
     return max(range(len(scored)), key=scored.__getitem__)
 
 
+def perplexity(nll: float) -> float:
+    """Exp of a mean negative log-likelihood in nats; infinite where no float holds it."""
+    return math.exp(nll) if nll < 700 else math.inf
+
+
 def token_f1(answer: str, reference: str) -> float:
     """Return the F1 of two texts' white-space tokens, counted as bags; two empty texts agree."""
     given, wanted = Counter(answer.split()), Counter(reference.split())

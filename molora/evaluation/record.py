@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from molora.data.mixture import TaskData
 from molora.evaluation.scores import Change, TaskScore
@@ -22,7 +23,7 @@ def as_entries(scores: Sequence[TaskScore], before: Sequence[TaskScore] = ()) ->
     entries = []
     for score in scores:
         old = earlier.get((score.task, score.metric))
-        change = {"change_stderr": Change.between(old, score).stderr} if old is not None else {}
+        change = {"change_stderr": _finite(Change.between(old, score).stderr)} if old is not None else {}
         entries.append(score.as_json() | change)
     return entries
 
@@ -37,7 +38,7 @@ def rows_document(tasks: Iterable[TaskData], **scores: Sequence[TaskScore]) -> d
     return {
         "digests": {task.name: digest(task) for task in tasks if task.eval},
         **{
-            when: [{**_key(one), "rows": [round(v, 6) for v in one.rows], "weights": one.weights} for one in found]
+            when: [{**_key(one), "rows": [_finite(v) for v in one.rows], "weights": one.weights} for one in found]
             for when, found in scores.items()
         },
     }
@@ -65,10 +66,16 @@ def read_rows_file(folder: Path) -> dict[str, Any]:
 
 def with_rows(scores: Sequence[TaskScore], document: Mapping[str, Any], when: str) -> list[TaskScore]:
     """Give scores their single rows back, where the document has as many of them as were scored."""
-    found = {
-        (entry["task"], entry["metric"]): entry for entry in document.get(when, ()) if {"task", "metric"} <= set(entry)
-    }
+    entries = document.get(when)
+    entries = [one for one in entries if isinstance(one, dict)] if isinstance(entries, list) else []
+    found = {(one.get("task"), one.get("metric")): one for one in entries}
     return [_with(score, found.get((score.task, score.metric), {})) for score in scores]
+
+
+def digests_of(document: Mapping[str, Any]) -> dict[str, str]:
+    """Which rows a document is about, by task."""
+    found = document.get("digests")
+    return found if isinstance(found, dict) else {}
 
 
 def digest(task: TaskData) -> str:
@@ -85,5 +92,16 @@ def _key(score: TaskScore) -> dict[str, str]:
 
 
 def _with(score: TaskScore, entry: Mapping[str, Any]) -> TaskScore:
-    rows, weights = tuple(entry.get("rows", ())), tuple(entry.get("weights", ()))
-    return replace(score, rows=rows, weights=weights) if len(rows) == len(weights) == score.count else score
+    rows, weights = entry.get("rows"), entry.get("weights")
+    if not (_are_numbers(rows) and _are_numbers(weights) and len(rows) == len(weights) == score.count):
+        return score
+    return replace(score, rows=tuple(rows), weights=tuple(map(int, weights))) if min(weights) > 0 else score
+
+
+def _are_numbers(values: Any) -> TypeGuard[list[float]]:
+    return isinstance(values, list) and all(isinstance(one, int | float) and math.isfinite(one) for one in values)
+
+
+def _finite(value: float | None) -> float | None:
+    """For JSON, which has no infinity."""
+    return value if value is not None and math.isfinite(value) else None

@@ -56,7 +56,7 @@ class RowScore:
 
 
 def encode_row(example: Example, tokenizer: PreTrainedTokenizerBase, limit: int) -> EncodedRow | None:
-    """Encode an example as in training; a prompt loses its start where the context ends.
+    """Encode an example as in training; a prompt loses its start where the context ends, and then an answer its end.
 
     Args:
         example: The row.
@@ -64,11 +64,14 @@ def encode_row(example: Example, tokenizer: PreTrainedTokenizerBase, limit: int)
         limit: Tokens the model can read.
 
     Returns:
-        The row; `None` if nothing can be scored, as of a text of one token, which nothing comes before.
+        The row; `None` if there is no token to score, as of a text of one, which nothing comes before, or an empty
+        answer where the tokenizer has no token for the end.
     """
     if example.choices:
         parts = [encode_parts(replace(example, completion=choice), tokenizer) for choice in example.choices]
-        completions = [completion for _, completion in parts]
+        completions = [completion[: limit - 1] for _, completion in parts]
+        if not all(completions):
+            return None
         prompt = tail(parts[0][0], limit - max(map(len, completions)))
         characters = [len(choice) for choice in example.choices]
         return EncodedRow(prompt, completions, example.label, characters, example.expert_scores)
@@ -76,6 +79,7 @@ def encode_row(example: Example, tokenizer: PreTrainedTokenizerBase, limit: int)
     if example.prompt is None:
         ids = (prompt + completion)[:limit]
         prompt, completion = ids[:1], ids[1:]
+    completion = completion[: limit - 1]
     if not completion:
         return None
     return EncodedRow(tail(prompt, limit - len(completion)), [completion], expert_scores=example.expert_scores)

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 
-from molora.evaluation.metrics import paired_error, pulls, standard_error, weighted_mean
+from molora.evaluation.metrics import paired_error, perplexity, pulls, standard_error, weighted_mean
 
 LOWER_IS_BETTER = ("perplexity",)
 
@@ -53,19 +54,23 @@ class TaskScore:
         """
         counted = tuple(weights) if weights is not None else (1,) * len(rows)
         mean = weighted_mean(rows, counted)
-        value = math.exp(mean) if metric == "perplexity" else mean
+        value = perplexity(mean) if metric == "perplexity" else mean
         score = cls(task, metric, value, len(rows), None, tuple(rows), counted)
-        return cls(task, metric, value, len(rows), standard_error(score.pulls()), score.rows, counted)
+        error = standard_error(score.pulls()) if math.isfinite(value) else None
+        return cls(task, metric, value, len(rows), error, score.rows, counted)
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> TaskScore:
         """Read what `as_json` wrote; further entries, of a later molora, are left out."""
-        known = {name: entry.get(name) for name in ("task", "metric", "value", "count", "stderr")}
-        return cls(**known)  # type: ignore[arg-type]  # a file that holds something else fails where it is used
+        known: dict[str, Any] = {name: entry.get(name) for name in ("task", "metric", "value", "count", "stderr")}
+        if known["value"] is None:  # JSON has no infinity
+            known["value"] = math.inf
+        return cls(**known)
 
     def as_json(self) -> dict[str, Any]:
-        """Everything but the single rows."""
-        return {name: getattr(self, name) for name in ("task", "metric", "value", "count", "stderr")}
+        """Everything but the single rows; a perplexity beyond all numbers is `None`."""
+        value = self.value if math.isfinite(self.value) else None
+        return {"task": self.task, "metric": self.metric, "value": value, "count": self.count, "stderr": self.stderr}
 
     def pulls(self) -> list[float]:
         """How far each row pulls the value; see `metrics.pulls`."""
@@ -98,7 +103,8 @@ class Change:
         """
         value = after.value - before.value
         better = value < 0 if after.metric in LOWER_IS_BETTER else value > 0
-        if same_rows and before.rows and before.weights == after.weights:
+        finite = math.isfinite(before.value) and math.isfinite(after.value)
+        if same_rows and finite and before.rows and before.weights == after.weights:
             return cls(value, paired_error(after.pulls(), before.pulls()), better)
         errors = [before.stderr, after.stderr]
         known = [error for error in errors if error is not None]
@@ -116,7 +122,7 @@ def score_table(before: Sequence[TaskScore], after: Sequence[TaskScore]) -> Tabl
     for name in ("rows", "before", "after", "change") if before else ("rows", "value"):
         table.add_column(name, justify="right", no_wrap=True)
     for score in after:
-        cells = [score.task, score.metric, str(score.count)]
+        cells = [escape(score.task), score.metric, str(score.count)]
         if not before:
             table.add_row(*cells, _tight(score.value, score.stderr))
             continue

@@ -47,10 +47,16 @@ def score_tasks(
         One score a task and metric, in the order of the tasks.
 
     Raises:
-        MoloraError: The model is not a decoder-only language model with a key-value cache.
+        MoloraError: The model is not a decoder-only language model with a key-value cache, its answers are NaN, or the
+            tokenizer has no pad token.
     """
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise MoloraError(f"scoring needs a decoder-only language model, got {type(model).__name__}.")
+        raise MoloraError(
+            f"scoring needs a decoder-only language model, got {type(model).__name__}; score others by the trainer's "
+            "own `evaluate`, or leave this out with `evaluate_tasks: false`."
+        )
+    if tokenizer.pad_token_id is None:
+        raise MoloraError("scoring needs a pad token; set `tokenizer.pad_token = tokenizer.eos_token`.")
     ids = task_ids if task_ids is not None else range(len(tasks))
     total = sum(len(task.eval) + len(_asked(task)) for task in tasks)
     with _judging(model), bar(total, "scoring", "row", shown=progress) as shown:
@@ -99,7 +105,7 @@ def _asked(task: TaskData) -> list[Example]:
 
 
 def _context(model: Any) -> int:
-    return getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 
 @contextmanager
