@@ -5,6 +5,7 @@ with adapters works for mixtures: `get_peft_model`, `PeftModel.from_pretrained`,
 The trainers are in `molora.trainers`.
 """
 
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,10 @@ from molora.peft_type import MOLORA
 from molora.presets import available_presets
 from molora.routing.inputs import routing_inputs
 from molora.routing.record import record_routing
+
+# PEFT asks transformers by a name that is going away, whenever an adapter is loaded or generates; nothing that a user
+# could change.
+warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
 
 if MOLORA not in PEFT_TYPE_TO_CONFIG_MAPPING:
     register_peft_method(name="molora", config_cls=MoLoraConfig, model_cls=MoLoraModel, prefix="molora_")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +91,6 @@ def load_base_of(
         ConfigError: If the base model is not known.
         MoloraError: If it cannot be loaded.
     """
-    # PEFT asks transformers by an old name; nothing a user could change.
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     name = base_model or config.base_model_name_or_path
     if not name:
         raise ConfigError([Problem("base_model", f"{directory} does not name its base model; pass --base-model.")])

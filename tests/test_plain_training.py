@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -124,3 +126,19 @@ def test_a_bar_hides_no_item_and_belongs_to_the_first_process(monkeypatch, capsy
     monkeypatch.setenv("RANK", "1")
     assert list(tracked([1, 2, 3], "counting", "number")) == [1, 2, 3]
     assert capsys.readouterr().err == ""
+
+
+def test_what_no_user_can_change_is_not_warned_of() -> None:
+    code = (
+        "import warnings, molora, torch\n"
+        "from peft import get_peft_model\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=9)\n"
+        "model = LlamaForCausalLM(LlamaConfig(**sizes))\n"
+        "model.base_model.is_gradient_checkpointing\n"
+        "model = get_peft_model(model, molora.MoLoraConfig.from_preset('mole', target_modules=['q_proj']))\n"
+        "model.eval().generate(input_ids=torch.tensor([[1, 2]]), max_new_tokens=1)\n"
+    )
+    found = subprocess.run([sys.executable, "-W", "default", "-c", code], capture_output=True, text=True, timeout=120)
+    assert found.returncode == 0, found.stderr
+    assert "gradient_checkpointing" not in found.stderr

@@ -14,7 +14,7 @@ from accelerate.utils import reduce
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from molora.card.place import CARD_FILE
+from molora.card.place import CARD_FILE, STAGING, read_card
 from molora.card.training import asked_of_card, attached_state, note_training
 from molora.config import MoLoraConfig
 from molora.trainers.checkpoints import (
@@ -128,23 +128,38 @@ class WholeCheckpointsMixin:
             return
         note_training(self)
         # Inside the target, so that moving is renaming; uploads to the hub leave out what begins so.
-        staging = target / "_saving"
+        staging = target / STAGING
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
-        if (target / CARD_FILE).is_file():  # PEFT adds to the model card that it finds
-            shutil.copy2(target / CARD_FILE, staging)
+        ours = self._stage_card(target / CARD_FILE, staging)
         try:
             save(str(staging), state_dict=state_dict)
             card = staging / CARD_FILE
             # The card comes last: it tells of what lies in the target then.
             for path in sorted((path for path in staging.rglob("*") if path.is_file()), key=lambda path: path == card):
                 if path == card:
+                    if not ours:
+                        continue
                     _update_card(target, state=self._state_for_card(), card=card)
                 place = target / path.relative_to(staging)
                 place.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(path, place)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+
+    def _stage_card(self, card: Path, staging: Path) -> bool:
+        """Give PEFT the model card that it adds to; one that cannot be read would end the saving, and is left alone."""
+        if not card.is_file():
+            return True
+        try:
+            read_card(card)
+        except ValueError as error:
+            logger.warning(
+                "the model card %s was left as it is: %s. Correct it, or delete it and save again.", card, error
+            )
+            return False
+        shutil.copy2(card, staging)
+        return True
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Bring the model card of `output_dir` up to date; the trainer's own would be written over it.

@@ -47,13 +47,18 @@ def merged(old: Mapping[str, Any], new: Mapping[str, Any], tags: Collection[str]
     """
     found = {**old, **{name: value for name, value in new.items() if value is not None}}
     kept = [tag for tag in _listed(old.get("tags")) if not tag.startswith(_ADAPTER_OF)]
-    base_models = [name for name in _listed(old.get("base_model")) if hub_id(name) == name]
-    found["base_model"] = base or (base_models[0] if len(base_models) == 1 else base_models)
+    names = base_models(old)
+    found["base_model"] = base or (names[0] if len(names) == 1 else names)
     adapter_of = [_ADAPTER_OF + found["base_model"]] if isinstance(found["base_model"], str) else []
     found["tags"] = sorted({*kept, *(adapter_of if "lora" in tags else []), *tags})
     found["datasets"] = list(dict.fromkeys([*_listed(old.get("datasets")), *_listed(new.get("datasets"))]))
     order = [name for name in (*_ORDER, *found) if found.get(name) not in (None, [], "")]
     return {name: found[name] for name in dict.fromkeys(order)}
+
+
+def base_models(front: Mapping[str, Any]) -> list[str]:
+    """Base models that front matter names by their ids on the hub."""
+    return [name for name in _listed(front.get("base_model")) if hub_id(name) == name]
 
 
 def has_path(front: Mapping[str, Any]) -> bool:
@@ -99,7 +104,7 @@ def _measured(score: Score) -> dict[str, Any]:
     if score.before is not None:
         own["without_adapter"] = round(score.before, 6)
     if score.errors[1] is not None:
-        own["standard_error_at_most" if score.bound else "standard_error"] = round(score.errors[1], 6)
+        own["stderr_at_most" if score.bound else "stderr"] = round(score.errors[1], 6)
     return own
 
 

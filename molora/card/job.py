@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from molora.card.front import has_path, hub_id, merged, model_index, pipeline_of
-from molora.card.place import CARD_FILE, is_ours, is_template, placed, read_card, version_lines, with_front, write_card
+from molora.card.front import base_models, has_path, merged, model_index, pipeline_of
+from molora.card.place import (
+    CARD_FILE,
+    STAGING,
+    is_ours,
+    is_template,
+    placed,
+    read_card,
+    version_lines,
+    with_front,
+    write_card,
+)
 from molora.card.source import Source, has_weights, read_source
-from molora.card.text import card_text, datasets_on_hub, scored_on, title_of
+from molora.card.text import card_text, datasets_on_hub, is_of_a_folder, scored_on, title_of
 from molora.config import MoLoraConfig
 from molora.errors import MoloraError
 from molora.folders import CONFIG_FILE
@@ -30,7 +41,8 @@ def update_card(
 ) -> None:
     """Write the model card of an adapter, or bring it up to date.
 
-    Whatever goes wrong is a warning: a card is worth less than the weights that it describes.
+    Whatever goes wrong is a warning: a card is worth less than the weights that it describes. While a trainer saves,
+    nothing is written for its first adapter: it asks for the card when the files are where they belong.
 
     Args:
         folder: Folder of the adapter. Without weights in it nothing is written.
@@ -40,6 +52,8 @@ def update_card(
         **given: Entries of the front matter that somebody asks for, such as `license`.
     """
     place = Path(folder)
+    if place.name == STAGING:
+        return
     path = place / CARD_FILE if card is None else Path(card)
     try:
         if (place / CONFIG_FILE).is_file() and has_weights(place):
@@ -49,7 +63,7 @@ def update_card(
     except Exception as error:  # see above: a training must not end for it
         logger.warning(
             "the model card %s was left as it is: %s. Correct it, or delete it and save again.",
-            path,
+            Path(*(part for part in path.parts if part != STAGING)),
             str(error).strip() or type(error).__name__,
             exc_info=not isinstance(error, MoloraError | OSError | ValueError),
         )
@@ -61,12 +75,18 @@ def _update(
     source = read_source(place, config, state)
     found = read_card(path)
     old = found.data.to_dict()
+    # PEFT writes all tags anew, ours not among them, and then the base model is what it wrote as well.
+    of_peft = is_ours(found.text) and "molora" not in (old.get("tags") or [])
     if path != place / CARD_FILE and (place / CARD_FILE).is_file():
         # PEFT wrote its own tags and base model over the author's in the copy, and only there.
         author = read_card(place / CARD_FILE).data.to_dict()
         old["tags"] = [*(old.get("tags") or []), *(author.get("tags") or [])]
-        if hub_id(str(author.get("base_model"))):
-            old["base_model"] = author["base_model"]
+        if base_models(author):
+            old["base_model"], of_peft = author["base_model"], False
+    if source.base and is_of_a_folder(found.text, source):
+        if of_peft:
+            old.pop("base_model", None)
+        source = replace(source, base=None)
     front = _front(source, old, given)
     text = placed(found.text, card_text(source, front.get("license")), title_of(source))
     write_card(path, with_front(front, text))
@@ -109,7 +129,8 @@ def _repair_above(place: Path) -> None:
         if ours and has_path(front):
             _update(above, None, None, path, {})
         return
-    if not ours and not is_template(found.text):
+    of_peft = is_template(found.text) and (found.text.strip() or front.get("library_name") == "peft")
+    if not ours and not of_peft:
         return
     source = read_source(place, None, None)
     names = sorted(file.parent.name for file in above.glob(f"*/{CONFIG_FILE}") if (file.parent / CARD_FILE).is_file())

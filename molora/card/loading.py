@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import re
+
 from molora.base import PACKAGED
 from molora.card.source import Source
 from molora.config import MoLoraConfig
 from molora.plan import routing_reads
 from molora.shown import last_part
+
+_HEADS = {"SEQ_CLS", "TOKEN_CLS"}
+"""Tasks whose models have an output for each label."""
+
+_HEAD = re.compile(r"(?:^|\.)(?:score|classifier)(?:\.(?P<inner>\w+))?\.weight$")
+"""The weight of such a head, where PEFT saves it; some have several linears, the last of them `out_proj`."""
 
 _CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -52,9 +60,22 @@ def _python(source: Source) -> list[str]:
         "from peft import PeftModel",
         f"from transformers import {kind}",
         "",
-        f"base = {kind}.from_pretrained({where}){tail}",
+        f"base = {kind}.from_pretrained({where}{_labels(source)}){tail}",
         'model = PeftModel.from_pretrained(base, "DIR")',
     ]
+
+
+def _labels(source: Source) -> str:
+    """The number of labels, which the base model does not know; nothing if there is no head, or which is not clear."""
+    if _name(source.config) not in _HEADS:
+        return ""
+    found = {
+        match["inner"]: value.shape[0]
+        for name, value in source.folder.adapter.tensors.items()
+        if (match := _HEAD.search(name)) and value.ndim == 2
+    }
+    outputs = {found["out_proj"]} if "out_proj" in found else set(found.values())
+    return f", num_labels={outputs.pop()}" if len(outputs) == 1 else ""
 
 
 def _fitted(source: Source) -> str:

@@ -7,10 +7,13 @@ import re
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import yaml_dump
 from peft import __version__ as peft_version
 
 CARD_FILE = "README.md"
+STAGING = "_saving"
+"""Folder in that of an adapter, in which trainers save before they put each file into its place."""
 VERSIONS = "### Framework versions"
 """The heading below which PEFT writes its version, into any card that does not name it."""
 
@@ -26,7 +29,9 @@ def read_card(path: Path) -> ModelCard:
     Raises:
         ValueError: If its front matter cannot be read.
     """
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    text = path.read_text(encoding="utf-8-sig") if path.is_file() else ""
+    if not REGEX_YAML_BLOCK.search(text):
+        text = f"---\n\n---\n{text}"  # the hub's library warns of what is usual here
     try:
         return ModelCard(text)
     except Exception as error:  # of the hub's library and of the YAML parser it uses

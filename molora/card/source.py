@@ -13,11 +13,12 @@ from molora.card.method import preset_of
 from molora.card.training import training_in
 from molora.config import MoLoraConfig
 from molora.folders import WEIGHTS_FILE
+from molora.loaded import run_file_of
 from molora.presets import PRESETS
 from molora.reports.data import Score
 from molora.reports.folder import Folder, listed, read_folder
 from molora.reports.training import scores_of
-from molora.shown import hub_id, is_path, last_part
+from molora.shown import hub_id, is_path, last_part, without_paths
 from molora.slim.adapter import Adapter
 
 OTHER_WEIGHTS = "adapter_model.bin"
@@ -31,6 +32,8 @@ class Source:
     Attributes:
         folder: The adapter, and the files beside it.
         run: The run file's values, its paths cut to their last part; empty if it is not there.
+        dataset_ids: For each of `datasets` what it was trained and what it was scored on, by ids on the hub; `None`
+            for what lies on a disk.
         training: What the trainer noted; empty if it is not known.
         base: Id of the base model on the hub; `None` if it has none, or none is known.
         base_shown: What the base model is called.
@@ -39,6 +42,7 @@ class Source:
 
     folder: Folder
     run: dict[str, Any]
+    dataset_ids: list[tuple[str | None, str | None]]
     training: dict[str, Any]
     base: str | None
     base_shown: str
@@ -58,7 +62,7 @@ class Source:
     @property
     def datasets(self) -> list[dict[str, Any]]:
         """The run's datasets."""
-        return [entry for entry in listed(self.run, "datasets") if isinstance(entry, dict)]
+        return _datasets(self.run)
 
     def task_name(self, index: int) -> str:
         """What a task is called, by its id."""
@@ -83,12 +87,15 @@ def read_source(folder: Path, config: MoLoraConfig | None, state: Mapping[str, A
         found = read_folder(str(folder))
     if state is not None:
         found = replace(found, state=dict(state))
-    run = _run(found.run_text)
+    whole = _run(found.run_text)
+    file = run_file_of(str(found.path))
+    ids = [_ids_of(entry, None if file is None else file.parent) for entry in _datasets(whole)]
+    run: dict[str, Any] = _cleaned(whole)
     named = str(found.adapter.config.base_model_name_or_path or "")
     asked = str(run.get("model_name_or_path") or "")
     shown = hub_id(named) or (asked if asked and not is_path(asked) else last_part(named)) or "a model"
     preset = run.get("preset") if run.get("preset") in PRESETS else preset_of(found.adapter.config)
-    return Source(found, run, training_in(found.state), hub_id(named), shown, preset)
+    return Source(found, run, ids, training_in(found.state), hub_id(named), shown, preset)
 
 
 def has_weights(folder: Path) -> bool:
@@ -101,8 +108,17 @@ def _run(text: str | None) -> dict[str, Any]:
         values = yaml.safe_load(text or "")
     except yaml.YAMLError:
         return {}
-    cleaned = _cleaned(values) if isinstance(values, dict) else {}
-    return cleaned if isinstance(cleaned, dict) else {}
+    return values if isinstance(values, dict) else {}
+
+
+def _datasets(run: dict[str, Any]) -> list[dict[str, Any]]:
+    return [entry for entry in listed(run, "datasets") if isinstance(entry, dict)]
+
+
+def _ids_of(entry: dict[str, Any], beside: Path | None) -> tuple[str | None, str | None]:
+    """Ids of what a dataset of the run file trains and scores on, while its paths are whole."""
+    path = entry.get("path") or ""
+    return hub_id(str(path), beside), hub_id(str(entry.get("eval_path") or path), beside)
 
 
 def _cleaned(value: Any) -> Any:
@@ -112,5 +128,5 @@ def _cleaned(value: Any) -> Any:
     if isinstance(value, list):
         return [_cleaned(inner) for inner in value]
     if isinstance(value, str):
-        return hub_id(value) or last_part(value) if is_path(value) else value
+        return hub_id(value) or last_part(value) if is_path(value) else without_paths(value)
     return value

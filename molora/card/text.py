@@ -16,7 +16,8 @@ from molora.reports.about import about, formula, versions
 from molora.reports.folder import listed
 from molora.reports.summary import dead_experts, plain, score_lines
 from molora.reports.training import loads_of
-from molora.shown import hub_id, last_part
+from molora.shown import last_part
+from molora.slim.report import SLIM_FILE
 
 _OWN_ROWS = ("base model", "method", "trained on", "state")
 """Facts of a report that a card says in words of its own."""
@@ -63,7 +64,7 @@ def _method(source: Source) -> list[str]:
     base = f"[{source.base}](https://huggingface.co/{source.base})" if source.base else plain(source.base_shown)
     kind = "a checkpoint of a training of" if source.folder.is_checkpoint else "an adapter,"
     lines = [
-        f"This is {kind} a mixture of LoRA experts on {base}, made with molora. Every adapted linear computes",
+        f"This is {kind} a mixture of LoRA experts {_on(base)} Every adapted linear computes",
         *("", "```", formula(source.config), "```", ""),
         "with W₀ the frozen weight, Aₑ and Bₑ the two matrices of expert e, sₑ its scale, and wₑ its weight"
         + (", which the router gives." if source.config.is_routed else "."),
@@ -78,6 +79,18 @@ def _method(source: Source) -> list[str]:
     names = [str(one["name"]) for one in source.config.imported_experts or [] if one.get("name")]
     lines += [f"- **experts come from**: {', '.join(plain(last_part(name)) for name in names)}"] * bool(names)
     return lines
+
+
+def is_of_a_folder(text: str, source: Source) -> bool:
+    """Whether a card says that the base model, as it is called now, is none of the hub.
+
+    A relative folder looks like an id wherever the folder is not.
+    """
+    return _on(plain(source.base_shown)) in text
+
+
+def _on(base: str) -> str:
+    return f"on {base}, made with molora."
 
 
 def _parameters(source: Source) -> dict[str, int]:
@@ -200,12 +213,11 @@ def _run_file(source: Source) -> list[str]:
     if not source.run:
         return []
     text = yaml.safe_dump(source.run, sort_keys=False, allow_unicode=True).strip()
+    what = "The run file; with its paths filled in, molora train trains this adapter again"
+    if (source.folder.path / SLIM_FILE).is_file():
+        what = "The run file of the adapter that this one was made from"
     return [
-        *(
-            "<details>",
-            "<summary>The run file; with its paths filled in, molora train trains this adapter again</summary>",
-            "",
-        ),
+        *("<details>", f"<summary>{what}</summary>", ""),
         *("````yaml", text, "````", "", "</details>", ""),
         "Of paths only the last part is shown; fill in the rest.",
     ]
@@ -219,13 +231,10 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def datasets_on_hub(source: Source) -> list[str]:
     """Ids on the hub of what was trained on."""
-    return [name for entry in source.datasets if (name := hub_id(str(entry.get("path") or "")))]
+    return [name for name, _ in source.dataset_ids if name]
 
 
 def scored_on(source: Source) -> dict[str, str]:
     """Ids on the hub of what tasks were scored on, by task."""
-    return {
-        _task_of(entry): name
-        for entry in source.datasets
-        if _task_of(entry) and (name := hub_id(str(entry.get("eval_path") or entry.get("path") or "")))
-    }
+    of_rows = zip(source.datasets, source.dataset_ids, strict=True)
+    return {_task_of(entry): name for entry, (_, name) in of_rows if name and _task_of(entry)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -57,8 +56,6 @@ def run(
         ConfigError: If something asked for is impossible; nothing is written then.
         DataError: If the examples cannot be read.
     """
-    # PEFT asks transformers by an old name; nothing a user of this command could change.
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     console = Console()
     searches = preset.replace("_", "-") == "lorahub"
     _check_request(out, len(adapters), searches, shots, select)

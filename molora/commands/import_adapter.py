@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -35,8 +34,6 @@ def run(
         ConfigError: Listing what cannot be imported exactly; nothing is written then.
         WriteError: If it cannot be written.
     """
-    # PEFT asks transformers by an old name; nothing a user of this command could change.
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     imported = import_adapter(folders, out, base_model=base_model, preset=preset, adapters=_named(adapters))
     console = Console()
     console.print(_table(imported))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections import defaultdict
 
 import yaml
@@ -32,8 +31,6 @@ def run(run_file: RunFile) -> int:
         ConfigError: If the run file cannot be carried out as it stands.
         DataError: If a dataset cannot be used.
     """
-    # PEFT asks transformers by an old name; nothing a user of this command could change.
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     console = Console()
     arguments = run_file.sft_config()
     run_file = with_existing_adapter(run_file)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import warnings
 from contextlib import suppress
 from dataclasses import asdict, replace
 
@@ -48,8 +47,6 @@ def run(run_file: RunFile) -> int:
         ConfigError: If the run file cannot be carried out as it stands.
         DataError: If a dataset cannot be used.
     """
-    # PEFT asks transformers by the old name; nothing a user of this command could change.
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     check_output_dir(run_file)
     arguments = run_file.sft_config(dataset_kwargs={"skip_prepare_dataset": True})
     state = PartialState()  # which the line above has set up

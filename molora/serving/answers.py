@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -56,8 +55,6 @@ class Reference:
     """
 
     def __init__(self, directory: str, base: str, dtype: torch.dtype) -> None:
-        # PEFT asks transformers by an old name; nothing a user could change.
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         model, tokenizer = load_base(base, dtype=dtype)
         self.ends = _ends(model, tokenizer)
         self.model = PeftModel.from_pretrained(model, directory).eval()

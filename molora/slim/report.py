@@ -11,7 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from molora._version import __version__
-from molora.card.place import CARD_FILE
+from molora.card.place import CARD_FILE, with_front
 from molora.shown import hub_id, last_part
 from molora.slim.adapter import Adapter
 from molora.slim.changes import ModuleChange, Slimmed
@@ -50,7 +50,8 @@ def write_card(slim: Slimmed, before: Adapter, quality: Quality | None, folder: 
     # That part reads what reports read, and they read slimmed adapters.
     from molora.card.job import update_card
 
-    (folder / CARD_FILE).write_text(card_text(slim, before, quality), encoding="utf-8")
+    card = with_front({"library_name": "peft"}, card_text(slim, before, quality))
+    (folder / CARD_FILE).write_text(card, encoding="utf-8")
     update_card(folder)
 
 
