@@ -68,7 +68,7 @@ def add_experts(
             f"the new experts of {adapter_name!r} share a {config.gate} gate, a {config.selection} selection or a "
             "normalisation with the old ones, so outputs change before any training: train before you use it.",
             UserWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
     _rebuild(model, adapter_name, fields, lambda plan: [*range(plan.num_experts), *[None] * n])
 

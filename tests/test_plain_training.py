@@ -133,7 +133,7 @@ def test_what_no_user_can_change_is_not_warned_of() -> None:
         "import warnings, molora, torch\n"
         "from peft import get_peft_model\n"
         "from transformers import LlamaConfig, LlamaForCausalLM\n"
-        "sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=9)\n"
+        "sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)\n"
         "model = LlamaForCausalLM(LlamaConfig(**sizes))\n"
         "model.base_model.is_gradient_checkpointing\n"
         "model = get_peft_model(model, molora.MoLoraConfig.from_preset('mole', target_modules=['q_proj']))\n"

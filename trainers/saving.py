@@ -148,7 +148,7 @@ class WholeCheckpointsMixin:
             shutil.rmtree(staging, ignore_errors=True)
 
     def _stage_card(self, card: Path, staging: Path) -> bool:
-        """Give PEFT the model card that it adds to; one that cannot be read would end the saving, and is left alone."""
+        """Give PEFT the model card that it adds to; one that cannot be read would end the save, and is left alone."""
         if not card.is_file():
             return True
         try:
