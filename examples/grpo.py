@@ -90,7 +90,7 @@ common = {
     "output_dir": arguments.output_dir,
     "logging_steps": 4,
     "save_strategy": "no",
-    "gradient_checkpointing": False,  # rows are short, so memory is no matter and steps are faster
+    "activation_checkpointing": False,  # rows are short, so memory is no matter and steps are faster
     "use_cpu": not torch.cuda.is_available(),
     "bf16": torch.cuda.is_available(),
 }
