@@ -198,7 +198,7 @@ def test_the_table_shows_both_scores_and_the_change():
     console.print(score_table(before, after))
     lines = [line.replace("│", " ").split() for line in console.export_text().splitlines()]
     assert ["a", "accuracy", "60", "0.500", "0.750", "+0.250"] in lines
-    assert ["b", "perplexity", "9", "20.000", "12.500", "-7.500"] in lines
+    assert ["b", "perplexity", "9", "20.00", "12.50", "-7.500"] in lines
     assert ["c", "f", "2", "-", "1.000", "-"] in lines
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from tiny import tiny_llama, tiny_tokenizer
 
 from molora.data import Example, TaskData
-from molora.evaluation import Change, TaskScore, score_table, score_tasks
+from molora.evaluation import Change, TaskScore, score_table, score_tasks, with_error
 from molora.evaluation.metrics import likeliest, paired_error, pulls, standard_error
 from molora.evaluation.record import as_entries, digest, digests_of, read_rows_file, with_rows, write_rows
 
@@ -155,10 +155,26 @@ def test_the_table_shows_errors_and_without_earlier_scores_one_column() -> None:
 def test_the_table_fits_into_80_columns_with_numbers_whole() -> None:
     console = Console(width=80, record=True, file=io.StringIO())
     weights = [3] * 4
-    before = TaskScore.of_rows("slot_extraction", "perplexity", [3.5, 3.7, 3.9, 3.1], weights)
+    before = TaskScore.of_rows("slot_extraction", "perplexity", [8.5, 6.7, 7.9, 9.1], weights)
     after = TaskScore.of_rows("slot_extraction", "perplexity", [0.1, 0.2, 0.3, 0.1], weights)
     extra = TaskScore.of_rows("slot_extraction", "accuracy_norm", [0, 1, 0, 1])
     console.print(score_table([before, extra], [after, extra]))
     lines = console.export_text().splitlines()
     assert len([line for line in lines if "slot_extraction" in line]) == 2
-    assert any(f"{before.value:.3f}±{before.stderr:.3f}" in line and "perplexity" in line for line in lines)
+    assert any(f"{before.value:.0f}±{before.stderr:.0f}" in line and "perplexity" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "text"),
+    [
+        (0.5, 0.0612, "0.500 ± 0.061"),
+        (9.9996, None, "10.000"),
+        (44.214, 12.691, "44.21 ± 12.69"),
+        (120.04, 3.0, "120.0 ± 3.0"),
+        (2.0, 4000.0, "2 ± 4000"),
+        (-38.899, 3.107, "-38.90 ± 3.11"),
+        (math.inf, None, "inf"),
+    ],
+)
+def test_large_numbers_have_fewer_decimals(value: float, error: float | None, text: str) -> None:
+    assert with_error(value, error) == text

@@ -118,7 +118,9 @@ def score_table(before: Sequence[TaskScore], after: Sequence[TaskScore]) -> Tabl
     """
     earlier = {(score.task, score.metric): score for score in before}
     # Narrow, and numbers whole: all of it fits into 80 columns.
-    table = Table("task", "metric", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("task", overflow="fold")
+    table.add_column("metric", overflow="fold")
     for name in ("rows", "before", "after", "change") if before else ("rows", "value"):
         table.add_column(name, justify="right", no_wrap=True)
     for score in after:
@@ -139,7 +141,14 @@ def score_table(before: Sequence[TaskScore], after: Sequence[TaskScore]) -> Tabl
 
 def with_error(value: float, stderr: float | None, sign: str = "") -> str:
     """A number and its standard error, if it has one."""
-    return f"{value:{sign}.3f}" + ("" if stderr is None else f" ± {stderr:.3f}")
+    digits = decimals(value, stderr)
+    return f"{value:{sign}.{digits}f}" + ("" if stderr is None else f" ± {stderr:.{digits}f}")
+
+
+def decimals(*values: float | None) -> int:
+    """Decimals to show numbers side by side with: three below 10, fewer of larger ones."""
+    largest = max((abs(value) for value in values if value is not None and math.isfinite(value)), default=0.0)
+    return sum(largest < limit for limit in (10, 100, 1000))
 
 
 def _coloured(change: Change) -> str:

@@ -57,7 +57,8 @@ def scored(value: float | None, error: float | None, bound: bool) -> str:
     """A score with its standard error."""
     if value is None:
         return "–"
-    return f"{value:.3f}" + ("" if error is None else f" {'± ≤' if bound else '±'} {error:.3f}".replace("± ≤ ", "± ≤"))
+    shown = with_error(value, error)
+    return shown.replace("± ", "± ≤") if bound else shown
 
 
 def score_lines(scores: Sequence[Score] | str) -> list[str]:
