@@ -18,6 +18,7 @@ from molora.evaluation import TaskScore, with_error
 from molora.evaluation.metrics import paired_error
 from molora.evaluation.record import digests_of, read_rows_file, with_rows
 from molora.parameters import count_by_kind
+from molora.reports.about import base_name
 from molora.reports.data import Score
 from molora.reports.folder import Folder, listed, read_folder
 from molora.reports.summary import scored
@@ -105,7 +106,7 @@ def side(name: str, folder: Folder) -> Side:
     numbers = ((key, tensor) for key, tensor in folder.adapter.tensors.items() if tensor.is_floating_point())
     losses = [entry for entry in folder.state.get("log_history", []) if isinstance(entry, dict)]
     facts = {
-        "base model": str(config.base_model_name_or_path or "not named"),
+        "base model": base_name(config),
         "router": f"{config.router}, {config.selection}",
         "experts": f"{config.num_experts} of rank {config.r}",
         "trained parameters": f"{sum(count_by_kind(numbers).values()):,}",
