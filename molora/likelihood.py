@@ -85,13 +85,19 @@ def likelihoods(
         task_id: The task of all rows, for routing that reads it.
 
     Raises:
-        MoloraError: The model keeps no key-value cache, or its logits are NaN.
+        MoloraError: The model's logits are NaN.
     """
     results: list[list[Likelihood]] = [[] for _ in rows]
     uncached = generation_needs(model).get("use_cache") is False
     for batch in _batches(rows, batch_size):
         given = [rows[index] for index in batch]
-        scores = _score_uncached(model, pad, given, task_id) if uncached else _score_cached(model, pad, given, task_id)
+        if not uncached:
+            try:
+                scores = _score_cached(model, pad, given, task_id)
+            except _NoCache:
+                uncached = True
+        if uncached:
+            scores = _score_uncached(model, pad, given, task_id)
         for index in batch:
             results[index] = [scores.pop(0) for _ in rows[index].completions]
         tick(len(batch))
@@ -143,8 +149,12 @@ def _score_cached(model: Any, pad: int, rows: Sequence[Prompted], task_id: int |
         return _score_batch(model, pad, rows)
 
 
+class _NoCache(Exception):
+    """A model keeps no cache whose rows could be repeated, as one with a recurrent state."""
+
+
 def _score_uncached(model: Any, pad: int, rows: Sequence[Prompted], task_id: int | None) -> list[Likelihood]:
-    """The same for models whose routing leaves no room for a cache: one whole sequence a completion, [C, P + L]."""
+    """The same for models or routing that leave no room for a cache: one whole sequence a completion, [C, P + L]."""
     device = next(model.parameters()).device
     pairs = [(row, ids) for row in rows for ids in row.completions]
     ids, mask = pad_with_mask([row.prompt + completion for row, completion in pairs], pad, "left", device)
@@ -175,9 +185,10 @@ def _score_batch(model: Any, pad: int, rows: Sequence[Prompted]) -> list[Likelih
     targets, target_mask = pad_with_mask([ids for row in rows for ids in row.completions], pad, "right", device)
     total, chosen = _judged(output.logits[:, -1:][owner], targets[:, :1])
     if targets.shape[1] > 1:
-        if output.past_key_values is None:
-            raise MoloraError(f"{type(model).__name__} keeps no key-value cache, which scoring needs.")
-        output.past_key_values.batch_select_indices(owner)
+        cache: Any = getattr(output, "past_key_values", None)
+        if not hasattr(cache, "batch_select_indices"):
+            raise _NoCache
+        cache.batch_select_indices(owner)
         read = target_mask[:, :-1]
         positions = mask.sum(dim=1)[owner, None] + torch.arange(read.shape[1], device=device)
         positions = positions * read  # padding behind a long prompt may be farther than there are positions
@@ -186,7 +197,7 @@ def _score_batch(model: Any, pad: int, rows: Sequence[Prompted]) -> list[Likelih
                 input_ids=targets[:, :-1],
                 attention_mask=torch.cat([mask[owner], read], dim=1),
                 position_ids=positions,
-                past_key_values=output.past_key_values,
+                past_key_values=cache,
                 use_cache=True,
             ).logits
         later, also_chosen = _judged(logits, targets[:, 1:])

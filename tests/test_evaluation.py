@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from tiny import tiny_gpt2, tiny_llama, tiny_qwen2, tiny_t5, tiny_tokenizer
+from transformers import MambaConfig, MambaForCausalLM
 
 from molora.data import Example, TaskCollator, TaskData, encode, encode_parts, tokenize_tasks
 from molora.errors import MoloraError
@@ -58,7 +59,15 @@ def greedy(model, prompt, steps):
     return TOKENIZER.decode(ids[len(prompt) :], skip_special_tokens=True)
 
 
-@pytest.mark.parametrize("build", [*MODELS, lora_llama])
+def tiny_mamba():
+    """A model with a recurrent state in place of a key-value cache."""
+    torch.manual_seed(0)
+    ids = {"pad_token_id": TOKENIZER.pad_token_id, "eos_token_id": TOKENIZER.eos_token_id}
+    sizes = {"vocab_size": len(TOKENIZER), "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}
+    return MambaForCausalLM(MambaConfig(**sizes, **ids)).eval()
+
+
+@pytest.mark.parametrize("build", [*MODELS, lora_llama, tiny_mamba])
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_likelihoods_equal_those_of_single_sequences(build, batch_size):
     model = build()

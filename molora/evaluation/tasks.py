@@ -47,8 +47,8 @@ def score_tasks(
         One score a task and metric, in the order of the tasks.
 
     Raises:
-        MoloraError: The model is not a decoder-only language model with a key-value cache, its answers are NaN, or the
-            tokenizer has no pad token.
+        MoloraError: The model is not a decoder-only language model, its answers are NaN, or the tokenizer has no pad
+            token.
     """
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise MoloraError(
