@@ -1,6 +1,10 @@
 """Classify texts: a mixture of experts under a new classification head, saved with it and loaded again.
 
-python examples/classification.py
+    python examples/classification.py
+
+It took 6.8 minutes of one CPU core, on a machine that did other work. One run, one seed: accuracy over 20 intents went
+from 0.050 to 0.800 on 60 held-out rows, and the adapter predicts the same when it is loaded again with its head.
+transformers says of the new head that its weights are MISSING, also when they are loaded right after.
 """
 
 import argparse

@@ -1,6 +1,15 @@
 """Teach a mixture to prefer right answers to wrong ones, with DPO on pairs made from rows with choices.
 
-python examples/dpo.py
+    python examples/dpo.py
+
+It took 8 minutes of one CPU core, on a machine that did other work. One run, one seed, 16 held-out pairs a task, so that
+the standard errors it prints are large; of its output:
+
+    right answer likelier    before   after
+    arithmetic                0.438   0.812
+    sentiment                 0.625   0.625
+
+    TRL's reward accuracy 0.750, mean margin 0.400 (0 before)
 """
 
 import argparse
