@@ -53,19 +53,6 @@ class Likelihood:
     greedy: bool
 
 
-def log_likelihoods(
-    model: Any,
-    pad: int,
-    rows: Sequence[Prompted],
-    batch_size: int,
-    tick: Callable[[int], Any],
-    task_id: int | None = None,
-) -> list[list[float]]:
-    """Return, for each row, the summed log-probability of each of its completions; arguments as of `likelihoods`."""
-    found = likelihoods(model, pad, rows, batch_size, tick, task_id)
-    return [[one.total for one in of_row] for of_row in found]
-
-
 def likelihoods(
     model: Any,
     pad: int,

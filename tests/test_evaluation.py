@@ -16,7 +16,7 @@ from molora.errors import MoloraError
 from molora.evaluation import TaskScore, score_table, score_tasks, token_f1
 from molora.evaluation.rows import encode_row
 from molora.heads import generation_needs
-from molora.likelihood import Prompted, log_likelihoods
+from molora.likelihood import Prompted, likelihoods
 from molora.report import routing_by_task
 from molora.routing.inputs import routing_inputs
 
@@ -79,10 +79,10 @@ def test_likelihoods_equal_those_of_single_sequences(build, batch_size):
     ]
     seen = []
     with torch.no_grad():
-        found = log_likelihoods(model, TOKENIZER.pad_token_id, rows, batch_size, seen.append)
+        found = likelihoods(model, TOKENIZER.pad_token_id, rows, batch_size, seen.append)
     for row, values in zip(rows, found, strict=True):
         wanted = [one_at_a_time(model, row.prompt, completion) for completion in row.completions]
-        assert values == pytest.approx(wanted, abs=1e-4)
+        assert [value.total for value in values] == pytest.approx(wanted, abs=1e-4)
     assert sum(seen) == len(rows)
 
 
@@ -257,10 +257,10 @@ def test_routed_likelihoods_equal_those_of_single_sequences(reads, batch_size):
     rows = list(routed_rows(model))
     task_id = 2 if rows[0][1] else None
     with torch.no_grad():
-        found = log_likelihoods(model, 0, [row for row, _ in rows], batch_size, lambda _: None, task_id)
+        found = likelihoods(model, 0, [row for row, _ in rows], batch_size, lambda _: None, task_id)
     for (row, _), values in zip(rows, found, strict=True):
         wanted = [routed_one_at_a_time(model, row, completion, task_id) for completion in row.completions]
-        assert values == pytest.approx(wanted, abs=1e-4)
+        assert [value.total for value in values] == pytest.approx(wanted, abs=1e-4)
 
 
 @pytest.mark.parametrize("reads", ROUTED)

@@ -14,15 +14,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from molora.errors import ConfigError, Problem
-from molora.evaluation import TaskScore, with_error
+from molora.evaluation import with_error
 from molora.evaluation.metrics import paired_error
-from molora.evaluation.record import digests_of, read_rows_file, with_rows
+from molora.evaluation.record import digests_of, read_rows_file
 from molora.parameters import count_by_kind
 from molora.reports.about import base_name
 from molora.reports.data import Score
-from molora.reports.folder import Folder, listed, read_folder
+from molora.reports.folder import Folder, read_folder
 from molora.reports.summary import scored
-from molora.reports.training import scores_of
+from molora.reports.training import scores_of, task_scores
 from molora.writing import check_place, new_file
 
 CLEAR = 2.0
@@ -114,10 +114,8 @@ def side(name: str, folder: Folder) -> Side:
         "held-out loss": _last(losses, "eval_loss"),
     }
     scores = {} if isinstance(found, str) else {(score.task, score.metric): score for score in found}
-    rows = read_rows_file(folder.path)
-    taken = with_rows([TaskScore.from_json(e) for e in listed(folder.record, "after") if _is_score(e)], rows, "after")
-    pulls = {(one.task, one.metric): one.pulls() for one in taken if one.rows}
-    return Side(name, facts, scores, pulls, digests_of(rows))
+    pulls = {(one.task, one.metric): one.pulls() for one in task_scores(folder, "after") if one.rows}
+    return Side(name, facts, scores, pulls, digests_of(read_rows_file(folder.path)))
 
 
 def difference(first: Side, other: Side, key: tuple[str, str]) -> Difference | None:
@@ -189,10 +187,6 @@ def _from_first(found: Difference | None) -> dict[str, Any]:
     if found is None:
         return {}
     return {"difference": found.value, "difference_stderr": found.error, "paired": found.paired}
-
-
-def _is_score(entry: Any) -> bool:
-    return isinstance(entry, dict) and {"task", "metric", "value", "count"} <= set(entry)
 
 
 def _caption(sides: Sequence[Side]) -> str:

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from molora.commands.needs import reads_scores, reads_tasks, scores_per_row
 from molora.config import MoLoraConfig
-from molora.evaluation import TaskScore, score_table
-from molora.evaluation.record import read_rows_file, with_rows
+from molora.evaluation import score_table
 from molora.parameters import count_by_kind, module_kind
 from molora.plan import routing_spec
 from molora.report import TaskRouting, routing_table
 from molora.reports.folder import Folder, listed, read_folder
 from molora.reports.short import in_short
+from molora.reports.training import task_scores
 from molora.routing import reads
 
 
@@ -157,14 +157,9 @@ def _by_module(names: list[str]) -> Table:
 
 
 def _print_report(console: Console, folder: Folder) -> None:
-    rows = read_rows_file(folder.path)
-    scores = [
-        with_rows([TaskScore.from_json(entry) for entry in listed(folder.record, when)], rows, when)
-        for when in ("before", "after")
-    ]
-    if scores[1]:
+    if after := task_scores(folder, "after"):
         console.print("\nScores on held-out rows")
-        console.print(score_table(*scores))
+        console.print(score_table(task_scores(folder, "before"), after))
     if routing := listed(folder.record, "routing"):
         console.print("\nHow each task is routed, averaged over linears")
         console.print(routing_table([TaskRouting(**task) for task in routing]))

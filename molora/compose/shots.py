@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from molora.data import Example, encode_parts, examples_of, read_rows
 from molora.errors import DataError
-from molora.likelihood import Prompted, log_likelihoods
+from molora.likelihood import Prompted, likelihoods
 from molora.progress import tracked
 
 BATCH_SIZE = 8
@@ -49,8 +49,8 @@ def encode_shots(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
 @torch.no_grad()
 def shot_loss(model: nn.Module, tokenizer: PreTrainedTokenizerBase, shots: Sequence[Prompted]) -> float:
     """Return the mean over the examples of the mean negative log-likelihood of a completion's token."""
-    scores = log_likelihoods(model, int(tokenizer.pad_token_id), shots, BATCH_SIZE, lambda _: None)
-    return -sum(score / len(row.completions[0]) for [score], row in zip(scores, shots, strict=True)) / len(shots)
+    scores = likelihoods(model, int(tokenizer.pad_token_id), shots, BATCH_SIZE, lambda _: None)
+    return -sum(score.total / len(row.completions[0]) for [score], row in zip(scores, shots, strict=True)) / len(shots)
 
 
 def score_candidates(

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from molora.evaluation import TaskScore
+from molora.evaluation.record import read_rows_file, with_rows
 from molora.reports.data import Curve, Loads, Matrix, Score
 from molora.reports.folder import Folder, listed
 from molora.reports.names import in_order
@@ -47,6 +49,13 @@ def scores_of(folder: Folder) -> list[Score] | str:
             "(`eval_path` or `eval_split`); `molora eval DIR --data FILE` scores an adapter that is trained."
         )
     return [_score(task, metric, both) for (task, metric), both in found.items()]
+
+
+def task_scores(folder: Folder, when: str) -> list[TaskScore]:
+    """Scores of `before` or `after` training, with what each row contributed where that lies beside the adapter."""
+    known = {"task", "metric", "value", "count"}
+    entries = [one for one in listed(folder.record, when) if isinstance(one, dict) and known <= set(one)]
+    return with_rows([TaskScore.from_json(one) for one in entries], read_rows_file(folder.path), when)
 
 
 def _score(task: str, metric: str, both: Mapping[str, Mapping[str, Any]]) -> Score:

@@ -50,12 +50,12 @@ def write_card(slim: Slimmed, before: Adapter, quality: Quality | None, folder: 
     # That part reads what reports read, and they read slimmed adapters.
     from molora.card.job import update_card
 
-    card = with_front({"library_name": "peft"}, card_text(slim, before, quality))
+    card = with_front({"library_name": "peft"}, changes_text(slim, before, quality))
     (folder / CARD_FILE).write_text(card, encoding="utf-8")
     update_card(folder)
 
 
-def card_text(slim: Slimmed, before: Adapter, quality: Quality | None) -> str:
+def changes_text(slim: Slimmed, before: Adapter, quality: Quality | None) -> str:
     """What the card of a smaller adapter begins with: what was done, and the numbers of `molora_slim.json`."""
     base = str(before.config.base_model_name_or_path or "")
     done = ", ".join(f"{name} = {value}" for name, value in slim.options.items())
