@@ -34,4 +34,4 @@ def bar(total: int, desc: str, unit: str, *, shown: bool = True) -> Any:
 
 def is_first() -> bool:
     """Whether this is the first of the processes that a launcher started, or the only one."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return os.environ.get("RANK", "") in ("", "0")
