@@ -172,6 +172,15 @@ def test_tasks_that_share_no_expert_are_told_apart_for_sure() -> None:
     assert isinstance(affinity_of(apart, ["one"]), str)
 
 
+def test_tokens_are_counted_exactly_under_autocast() -> None:
+    seen, tokens = Seen(), 1001
+    with torch.autocast("cpu", torch.bfloat16):
+        seen.add(stack([[1, 2, 0]] * tokens, [1] * tokens), torch.ones(1, tokens, dtype=torch.bool), 0, 1, 1.0)
+    (sums,) = seen.sums.values()
+    assert sums.selected.tolist() == [[[tokens, tokens, 0]]]
+    assert sums.answers.sum().item() == pytest.approx(tokens, rel=1e-6)
+
+
 def test_a_texts_routing_is_averaged_over_all_and_by_layer() -> None:
     weights = {
         "x.0.q": torch.tensor([[1.0, 0.0], [0.5, 0.5]]),

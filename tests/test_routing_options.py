@@ -241,6 +241,27 @@ def test_a_router_is_its_equation(case):
                 )
 
 
+AUTOCAST = {
+    **{name: {"name": name} for name in ("linear", "cosine", "mlp", "arrow", "prototype")},
+    **{f"linear, {norm}": {"name": "linear", "norm": norm} for norm in ("center", "standardize")},
+    "linear, standardize, bias": {"name": "linear", "norm": "standardize", "bias": True},
+}
+
+
+@pytest.mark.parametrize("case", AUTOCAST)
+def test_autocast_changes_neither_logits_nor_their_gradients(case):
+    made = router(**AUTOCAST[case]).float()
+    if getattr(made, "input_mean", None) is not None:
+        made.set_statistics(100 * torch.randn(7), torch.rand(7) + 0.5)
+    x, found = 100 * torch.randn(2, 3, 7), []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            logits = made(RouterInput(x))
+        found.append([logits, *torch.autograd.grad(logits.square().sum(), list(made.parameters()))])
+    for plain, cast in zip(*found, strict=True):
+        assert torch.equal(plain, cast)
+
+
 def test_a_domain_router_has_rows_and_noise_of_each_rows_domain():
     made = router("domain", num_tasks=3)
     x, ids = torch.randn(4, 2, 7, dtype=torch.float64), torch.tensor([2, 0, 1, 2])

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from molora.routing.precision import full_precision
 from molora.routing.stacked import StackedRouting
 
 
@@ -56,14 +57,17 @@ def sums_of(stack: StackedRouting, answers: Tensor, task: int, tasks: int) -> Su
     spoken = answers_of_decisions(answers, stack.rows, stack.per_sequence).float() * mask
     gates = shares(stack.weights[..., :experts].float().clamp(min=0))
     selected = stack.selected[..., :experts].float()
-    return Sums(
-        _at(task, tasks, torch.einsum("lbse,bs->le", gates, mask)),
-        _at(task, tasks, torch.einsum("lbse,bs->le", gates, spoken)),
-        _at(task, tasks, torch.einsum("lbse,bs->le", selected, mask)),
-        _at(task, tasks, mask.sum().expand(len(stack.layers))),
-        _at(task, tasks, torch.einsum("lbs,bs->l", entropy(gates), mask)),
-        _at(task, tasks, torch.einsum("lbs,bs->l", entropy(shares(stack.probabilities.clamp(min=0))), mask)),
-    )
+    router = shares(stack.probabilities.float().clamp(min=0))
+    with full_precision(mask):  # 16 bits do not count beyond 256
+        summed = (
+            torch.einsum("lbse,bs->le", gates, mask),
+            torch.einsum("lbse,bs->le", gates, spoken),
+            torch.einsum("lbse,bs->le", selected, mask),
+            mask.sum().expand(len(stack.layers)),
+            torch.einsum("lbs,bs->l", entropy(gates), mask),
+            torch.einsum("lbs,bs->l", entropy(router), mask),
+        )
+    return Sums(*(_at(task, tasks, value) for value in summed))
 
 
 def answers_of_decisions(answers: Tensor, rows: torch.Size, per_sequence: bool) -> Tensor:

@@ -119,9 +119,8 @@ def rank_gate(products: Tensor, gate: Gate, x: Tensor | None = None) -> Tensor:
         threshold = threshold + gate.threshold_offset.to(threshold.device)
     balance = None if gate.balance is None else gate.balance.to(logits.device)
     weights = route(logits, gate.spec, RoutingExtras(threshold_logit=threshold, bias=balance)).weights
-    factors = gate.rank_map(weights)
-    assert isinstance(factors, Tensor)
-    return factors
+    spread = gate.rank_map  # of the gate's device, which need not be that of the tokens
+    return weights[:, spread.expert.to(weights.device)] * spread.scale.to(weights)
 
 
 def input_factor(x: Tensor, scale: str) -> Tensor:

@@ -167,6 +167,14 @@ def test_every_choice_weighs_ranks_as_routing_says(name, device):
     assert not torch.equal(found[0, :, : one.rank], hidden)
 
 
+@pytest.mark.parametrize("name", GATES)
+def test_the_definition_computes_on_the_device_of_its_input(name):
+    one = GATES[name]
+    found = rank_gate(products_of(one).to("meta"), one, tokens_of().to("meta"))
+    assert found.device.type == "meta"
+    assert found.shape == (TOKENS, one.rank)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("scale", ["standardize", "normalize"])
 @pytest.mark.parametrize(("dtype", "size"), [(torch.bfloat16, 1.0), (torch.float16, 1.0), (torch.float32, 2e-3)])

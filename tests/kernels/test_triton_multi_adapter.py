@@ -123,10 +123,10 @@ def by_row(x, y, case: Case, adapters, dtype: torch.dtype):
 
 
 def close(got, x, y, case: Case, adapters):
-    """Off by at most twice what plain torch is off by in the same dtype."""
+    """Off by at most twice what plain torch is off by in the same dtype, and a few roundings in fp32."""
     want = by_row(x, y, case, adapters, torch.float64)
     eager = by_row(x, y.clone(), case, adapters, case.dtype)
-    allowed = 2 * (eager - want).abs().max().item() + 1e-6
+    allowed = 2 * (eager - want).abs().max().item() + 1e-6 * max(1.0, want.abs().max().item())
     error = (got - want).abs().max().item()
     assert error <= allowed, f"off by {error:.2e}, plain torch by {allowed / 2:.2e}"
     unchanged = [row for row, number in enumerate(case.index) if number < 0]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from molora.errors import MoloraError
 from molora.routing.precision import promote
-from molora.routing.routers.base import parameter
+from molora.routing.routers.base import linear, parameter
 
 NORMS = ("none", "center", "standardize")
 """What is done to a router's input: nothing, its mean subtracted, or divided by its standard deviation too."""
@@ -70,8 +70,9 @@ class Affine(nn.Module):
         """b', what is added to the product with the raw input, `[rows]`; `None` for nothing."""
         if self.input_mean is None or self.input_std is None:
             return self.bias
-        common = -(promote(self.weight) @ (self.input_mean / self.input_std))
-        return common if self.bias is None else promote(self.bias) + common
+        # In fp32 under autocast too: rounded to 16 bits, the common part would drown what tells tokens apart.
+        common = linear(self.input_mean / self.input_std, promote(self.weight))
+        return -common if self.bias is None else promote(self.bias) - common
 
     def normalized_sums(self, sums: Tensor, counts: Tensor) -> Tensor:
         """Sums of raw inputs as sums of normalised ones.
