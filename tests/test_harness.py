@@ -7,10 +7,12 @@ import math
 import sys
 
 import pytest
+import scoring
 import tiny
 import torch
 import yaml
-from peft import get_peft_model
+from reports import write_base
+from scoring import adapted, tasks_of, write_rows
 
 pytest.importorskip("lm_eval")
 
@@ -18,16 +20,12 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 import molora.harness.tasks
-from molora import MoLoraConfig, MoloraError
-from molora.calibration import calibrate_routers, needs_calibration
+from molora import MoloraError
 from molora.commands import evaluate as command
-from molora.data import TaskData, encode_parts, load_tasks
+from molora.data import encode_parts
 from molora.evaluation import score_tasks
 from molora.harness import evaluate
 from molora.harness.lm import RoutedLM
-from molora.runfile.arguments import DatasetArguments
-
-WORDS = ["yes", "no", "maybe so", "x", "Zq", "often!", "k1"]
 
 
 def user(text):
@@ -35,38 +33,16 @@ def user(text):
 
 
 def rows(scores: bool = False) -> list[dict]:
-    """Rows of two tasks: chats and plain prompts with choices of unequal length, and chats with free answers."""
-    made = []
-    for index in range(12):
-        choices = [WORDS[(index + step) % len(WORDS)] for step in range(2 + index % 3)]
-        label = index % len(choices)
-        prompt = f"q{index}" + "abc" * (index % 4)
-        shape = {"prompt": [user(prompt)]} if index % 2 else {"prompt": prompt}
-        made.append({"task": "pick", **shape, "completion": choices[label], "choices": choices, "label": label})
-    made += [{"task": "say", "prompt": [user("hi" * (1 + i))], "completion": "ab"} for i in range(3)]
-    if scores:
-        for index, row in enumerate(made):
+    """The shared rows with prompts of unequal length; every second choice and all free answers are asked in chats."""
+    made = scoring.rows()
+    for index, row in enumerate(made):
+        if row["task"] == "pick":
+            row["prompt"] += "abc" * (index % 4)
+        if row["task"] == "say" or index % 2:
+            row["prompt"] = [user(row["prompt"])]
+        if scores:
             row["expert_scores"] = [float(index % 3), 1.0, float(index % 2)]
     return made
-
-
-def write_rows(folder, given, name="rows.jsonl"):
-    file = folder / name
-    file.write_text("".join(json.dumps(row) + "\n" for row in given))
-    return file
-
-
-def tasks_of(file) -> list[TaskData]:
-    return [TaskData(t.name, 1.0, [], t.train) for t in load_tasks([DatasetArguments(path=str(file))], seed=0)]
-
-
-def adapted(**fields):
-    torch.manual_seed(3)
-    options = {"num_experts": 3, "r": 4, "lora_alpha": 64, "target_modules": "all-linear", "init_weights": False}
-    model = get_peft_model(tiny.tiny_llama(), MoLoraConfig(task_type="CAUSAL_LM", **options | fields)).eval()
-    if needs_calibration(model):
-        calibrate_routers(model, [{"input_ids": torch.randint(4, 94, (6, 9))}])
-    return model
 
 
 ROUTINGS = {
@@ -275,9 +251,7 @@ def test_a_missing_harness_is_named(monkeypatch):
 
 
 def test_the_command_adds_tasks_of_the_harness_to_rows(task_files, tmp_path):
-    base = tmp_path / "base"
-    tiny.tiny_llama().save_pretrained(base)
-    tiny.tiny_tokenizer().save_pretrained(base)
+    base = write_base(tmp_path / "base")
     file, output = write_rows(tmp_path, rows()), tmp_path / "scores.json"
     options = {"include_path": str(task_files), "data": [str(file)], "limit": 2, "output": str(output)}
     assert command.run(str(base), tasks=["local_choice"], **options) == 0
