@@ -2,8 +2,8 @@
 
     python examples/classification.py
 
-It took 6.8 minutes of one CPU core, on a machine that did other work. One run, one seed: accuracy over 20 intents went
-from 0.050 to 0.800 on 60 held-out rows, and the adapter predicts the same when it is loaded again with its head.
+It took 4.2 minutes of one CPU core, on a machine that did other work. One run, one seed: accuracy over 20 intents went
+from 0.050 to 0.750 on 60 held-out rows, and the adapter predicts the same when it is loaded again with its head.
 transformers says of the new head that its weights are MISSING, also when they are loaded right after.
 """
 
@@ -66,7 +66,7 @@ trainer = MoLoraTrainer(
         output_dir=arguments.output_dir,
         max_steps=arguments.max_steps,
         per_device_train_batch_size=8,
-        learning_rate=1e-3,
+        learning_rate=7.5e-4,
         warmup_steps=8,
         logging_steps=15,
         save_strategy="no",

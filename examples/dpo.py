@@ -2,14 +2,14 @@
 
     python examples/dpo.py
 
-It took 8 minutes of one CPU core, on a machine that did other work. One run, one seed, 16 held-out pairs a task, so
+It took 6 minutes of one CPU core, on a machine that did other work. One run, one seed, 16 held-out pairs a task, so
 that the standard errors it prints are large; of its output:
 
     right answer likelier    before   after
     arithmetic                0.438   0.812
     sentiment                 0.625   0.625
 
-    TRL's reward accuracy 0.750, mean margin 0.400 (0 before)
+    held-out pairs whose right answer gained more: 0.719; mean margin 0.594 (0 before)
 """
 
 import argparse
@@ -78,7 +78,7 @@ trainer = MoLoraDPOTrainer(
         max_steps=arguments.max_steps,
         per_device_train_batch_size=4,
         per_device_eval_batch_size=8,
-        learning_rate=5e-4,
+        learning_rate=2.5e-4,
         warmup_steps=2,
         logging_steps=4,
         save_strategy="no",

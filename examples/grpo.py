@@ -5,10 +5,10 @@
 The model reads that somebody had 17 eggs and lost 5, and is to write 17 - 5. First it is shown the form of an answer,
 with an operator drawn at random. Which operator belongs to which story only the reward tells it.
 
-It took 5.3 minutes of one CPU core, on a machine that did other work. Over its 20 steps the mean reward went from 0.74
-(steps 1 to 4) to 0.92 (steps 17 to 20), and it printed (one run, one seed; a standard error is about 0.035):
+It took 3.9 minutes of one CPU core, on a machine that did other work. Over its 20 steps the mean reward went from 0.68
+(steps 1 to 4) to 0.98 (steps 17 to 20), and it printed (one run, one seed; a standard error is about 0.035):
 
-    Mean reward on 48 held-out stories, with other verbs: 0.729 before GRPO, 0.854 after
+    Mean reward on 48 held-out stories, with other verbs: 0.708 before GRPO, 0.885 after
 """
 
 import argparse
@@ -97,7 +97,7 @@ common = {
 # A model that never earns a reward learns nothing. This training also starts the routers from data, which GRPO cannot
 # do: it has no answers before it begins.
 steps = max(arguments.max_steps // 2, 1)
-form = SFTConfig(max_steps=steps, per_device_train_batch_size=8, learning_rate=1e-3, **common)
+form = SFTConfig(max_steps=steps, per_device_train_batch_size=8, learning_rate=5e-4, **common)
 MoLoraSFTTrainer(model, form, train_dataset=Dataset.from_list(shown), processing_class=tokenizer).train()
 
 
@@ -119,7 +119,7 @@ trainer = MoLoraGRPOTrainer(
         per_device_train_batch_size=16,
         num_generations=4,
         max_completion_length=9,
-        learning_rate=3e-4,  # at 1e-3 all answers to a story soon were the same, and nothing was left to compare
+        learning_rate=2.5e-4,  # a high one soon makes all answers to a story the same, and leaves nothing to compare
         warmup_steps=2,
         **common,
     ),

@@ -225,14 +225,14 @@ def test_a_study_has_every_arm_on_every_seed(study, arms):
     assert {job.kind for job in jobs} == {study}
 
 
-def test_a_rate_is_what_was_given_or_the_only_one_of_the_arm_or_that_of_its_kind():
+def test_a_rate_is_what_was_given_or_the_one_in_the_middle_of_the_arms_grid():
     known = read_arms(None)
     known["grown"] = replace(studies.GROWN, learning_rates=(2e-3,))
     jobs = studies.jobs_of(["sequence"], _parts(arms=known, rates={"grown": 7.0, "replay": 3.0}), None)
     found = {job.arm.name: job.learning_rate for job in jobs}
-    assert found == {"lora": 5e-4, "replay": 3.0, "grown": 7.0, "grown-text": 2e-3, "grown-trained": 2e-3}
+    assert found == {"lora": 1e-3, "replay": 3.0, "grown": 7.0, "grown-text": 2e-3, "grown-trained": 2e-3}
     [mixture] = {job.learning_rate for job in studies.jobs_of(["scarce"], _parts(), ["molora"])}
-    assert mixture == 1.5e-3
+    assert mixture == 7.5e-4
 
 
 def test_grown_mixtures_end_equally_large_in_both_studies():

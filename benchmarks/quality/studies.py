@@ -1,7 +1,7 @@
 """The studies: which runs each consists of.
 
-Arms are those of the bench; `--arms_file` replaces `lora`, `molora` and `grown`. Nothing is tuned here: learning rates
-are those below, unless an arm of the file has a single one, or `--learning_rates` says otherwise.
+Arms are those of the bench; `--arms_file` replaces `lora`, `molora` and `grown`. Nothing is tuned here: an arm's
+learning rate is the one in the middle of its grid, unless `--learning_rates` gives another.
 """
 
 from __future__ import annotations
@@ -12,14 +12,11 @@ from typing import Any
 
 from torch import nn
 
-from benchmarks.quality.arms import Arm, resolved
+from benchmarks.quality.arms import LORA_RATES, Arm, resolved
 from benchmarks.quality.composed import ComposedJob
 from benchmarks.quality.jobs import Job
 from benchmarks.quality.staged import StagedJob
 from molora.errors import MoloraError, did_you_mean
-
-LORA_RATE = 5e-4
-MIXTURE_RATE = 1.5e-3
 
 REPLAY = 0.25
 """Share of a batch that `replay` draws from earlier tasks."""
@@ -35,7 +32,7 @@ GROWN = Arm(
     {
         "r": 7,
         "num_experts": GROWTH,
-        "lora_alpha": 14,
+        "lora_alpha": 56,
         "router": "linear",
         "gate": "softmax",
         "selection": "top_k",
@@ -45,10 +42,11 @@ GROWN = Arm(
         "router_confidence": 0.7,
         "router_bias": True,
     },
+    (3.75e-4, 7.5e-4, 1.5e-3),
 )
 """What grown mixtures are for the first task; every further one brings as many experts again."""
 
-LORA_OF_TASK = Arm("lora-of-task", {"preset": "lora", "r": 13, "lora_alpha": 26})
+LORA_OF_TASK = Arm("lora-of-task", {"preset": "lora", "r": 13, "lora_alpha": 26}, LORA_RATES)
 """What is composed; five of them are as large as the joint one."""
 
 
@@ -79,9 +77,8 @@ class Parts:
         return replace(found, name=name or of, fields={**found.fields, **changed})
 
     def rate(self, arm: Arm) -> float:
-        """The learning rate: what was given, the arm's only one, or that of its kind."""
-        usual = LORA_RATE if arm.fields.get("preset") == "lora" else MIXTURE_RATE
-        return self.rates.get(arm.name, arm.learning_rates[0] if len(arm.learning_rates) == 1 else usual)
+        """The learning rate: what was given, or the one in the middle of the arm's grid."""
+        return self.rates.get(arm.name, sorted(arm.learning_rates)[len(arm.learning_rates) // 2])
 
     def staged(self, arm: Arm, kind: str, stages: Sequence[Sequence[int]], **more: Any) -> list[Job]:
         """A run a seed."""

@@ -13,12 +13,13 @@ def recommended() -> dict[str, Any]:
     W tells from one token which kind of text it is in: clusters of rows, found without labels, and their linear
     discriminant, scaled so that the largest p is 0.7 on average; b evens loads out. W and b are trained, μ and σ stay.
     β moves by 0.003 a step in molora's trainers (loss-free balancing, arXiv 2408.15664). With other trainers call
-    `molora.calibrate_routers` first. docs/routers.md has the measurements that each choice rests on.
+    `molora.calibrate_routers` first. α/r is 8, as a token's experts have little of the rank: so a learning rate that
+    suits a LoRA suits the mixture too. docs/routers.md has the measurements that each choice rests on.
     """
     return {
         "num_experts": 8,
         "r": 8,
-        "lora_alpha": 16,
+        "lora_alpha": 64,
         "router": "linear",
         "router_bias": True,
         "router_norm": "standardize",
