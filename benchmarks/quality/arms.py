@@ -26,6 +26,8 @@ LORA_RATES = (5e-4, 1e-3, 2e-3)
 MIXTURE_RATES = (7.5e-4, 1.5e-3, 3e-3)
 """For a `lora_alpha` of twice the rank, as `top2` has; a token's experts are a quarter of the rank of a LoRA."""
 
+RECOMMENDED_RATES = (3.75e-4, 7.5e-4, 1.5e-3)
+
 MIXTURE = {
     "r": 8,
     "num_experts": 8,
@@ -73,9 +75,22 @@ BUILT_IN = [
         expert_per_task=True,
     ),
     Arm("single", {"preset": "lora"}, LORA_RATES, equal_parameters_to="top2", one_task=True),
-    Arm("molora", {"preset": "recommended"}, (3.75e-4, 7.5e-4, 1.5e-3)),
+    Arm("molora", {"preset": "recommended"}, RECOMMENDED_RATES),
+    Arm(
+        "thresholds",
+        {
+            "preset": "recommended",
+            "selection": "adaptive_threshold",
+            "top_k": None,
+            "experts_per_token": 2.0,
+            "weights": "probability",
+            "balance_bias_rate": None,
+        },
+        RECOMMENDED_RATES,
+    ),
 ]
-"""The documented comparison. `molora` is the method that the library recommends."""
+"""The documented comparison. `molora` is the method that the library recommends, `thresholds` the same with as many
+experts on average, and as each token needs."""
 
 
 def read_arms(path: Path | None) -> dict[str, Arm]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from benchmarks.quality.arms import LORA_RATES, Arm, resolved
+from benchmarks.quality.arms import LORA_RATES, RECOMMENDED_RATES, Arm, resolved
 from benchmarks.quality.composed import ComposedJob
 from benchmarks.quality.jobs import Job
 from benchmarks.quality.staged import StagedJob
@@ -42,7 +42,7 @@ GROWN = Arm(
         "router_confidence": 0.7,
         "router_bias": True,
     },
-    (3.75e-4, 7.5e-4, 1.5e-3),
+    RECOMMENDED_RATES,
 )
 """What grown mixtures are for the first task; every further one brings as many experts again."""
 
