@@ -70,7 +70,7 @@ class Affine(nn.Module):
         """b', what is added to the product with the raw input, `[rows]`; `None` for nothing."""
         if self.input_mean is None or self.input_std is None:
             return self.bias
-        # In fp32 under autocast too: rounded to 16 bits, the common part would drown what tells tokens apart.
+        # In fp32 under autocast too: in 16 bits a token would be routed otherwise in training than later without it.
         common = linear(self.input_mean / self.input_std, promote(self.weight))
         return -common if self.bias is None else promote(self.bias) - common
 
