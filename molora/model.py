@@ -25,7 +25,7 @@ from molora.loading import check_base, load_experts
 from molora.placement import Placement, restrict_layers
 from molora.plain.stand_in import HowToMerge, check_tied, stand_ins
 from molora.plan import ModulePlan, plan_module
-from molora.quantization import check_merge
+from molora.quantization import check_merge, keep_packing
 from molora.row_adapters import adapters_by_row
 from molora.targets import adapted_sizes, check_level, check_nesting, check_targets, is_linear, text_config
 
@@ -42,6 +42,7 @@ class MoLoraModel(BaseTuner):
 
     Raises:
         TargetModulesError: If `target_modules` names something the model does not have, or that is no linear layer.
+        QuantizationError: If bitsandbytes packed the model's weights for inference only.
     """
 
     prefix = "molora_"
@@ -68,6 +69,7 @@ class MoLoraModel(BaseTuner):
         check_nesting([key for key, _ in targets], _blocks(model))
         linears = [key.removesuffix(".base_layer") for key, module in model.named_modules() if is_linear(module)]
         self._placement.expect(targets, linears)
+        keep_packing(model)
         self._scope = scope_of(model, peft_config)
         self._scope.configs = self.peft_config
 

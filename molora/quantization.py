@@ -165,6 +165,30 @@ def refuse_half_loaded(model: Any, name: str) -> None:
         )
 
 
+def keep_packing(model: nn.Module) -> None:
+    """Keep bitsandbytes from packing 4-bit weights anew in evaluation, as it does on CPUs with AVX512-BF16.
+
+    Nothing but its inference kernel reads that packing (bitsandbytes 0.50): gradients stop there without an error,
+    merging and saving take it for the other one, and outputs are of bfloat16 whatever the compute type.
+
+    Args:
+        model: A model whose linears may be quantised.
+
+    Raises:
+        QuantizationError: If weights are packed so already.
+    """
+    for name, module in model.named_modules():
+        if not getattr(module, "support_avx512bf16_for_cpu", False):
+            continue
+        if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+            raise QuantizationError(
+                f"the 4-bit weights of {name!r} were packed for inference on this CPU when the model ran in "
+                "evaluation; they can no longer be trained through or merged into. Load the model again, and add the "
+                "adapter before it runs."
+            )
+        module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
 def quantization_backend(module: nn.Module, get_apply_tensor_subclass: Callable[[], Any] | None = None) -> Any | None:
     """PEFT's backend for a quantised module, or `None` for an ordinary one.
 

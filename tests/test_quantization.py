@@ -21,11 +21,12 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 from molora import MoLoraConfig
 from molora.errors import MergeError, TargetModulesError
 from molora.layer import MoLoraLinear
-from molora.quantization import restore_routing, routing_values
+from molora.quantization import QuantizationError, keep_packing, restore_routing, routing_values
 
 for _library in ("bitsandbytes", "torchao", "hqq"):
     pytest.importorskip(_library, reason="`make test-quantization` installs it")
 
+from bitsandbytes.functional import _convert_weight_packed_for_cpu  # noqa: E402
 from hqq.core.quantize import BaseQuantizeConfig, HQQLinear  # noqa: E402
 from torchao.quantization import (  # noqa: E402
     Int8DynamicActivationInt8WeightConfig,
@@ -113,14 +114,17 @@ def folder(tmp_path_factory):
 
 
 def plain():
-    # One layer is quick; every library's groups divide these sizes.
-    return tiny.tiny_llama(num_hidden_layers=1, num_key_value_heads=4)
+    # One layer is quick; every library's groups divide these sizes. bitsandbytes reads scales wrongly on CPUs with
+    # AVX512 where a row is shorter than the 64 weights that share one.
+    return tiny.tiny_llama(num_hidden_layers=1, num_key_value_heads=4, hidden_size=64, intermediate_size=128)
 
 
 def quantised(name, folder):
     """The same tiny model each time, quantised by a library."""
     if name in LOADED:
-        return AutoModelForCausalLM.from_pretrained(folder, quantization_config=LOADED[name]()).eval()
+        model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=LOADED[name]()).eval()
+        keep_packing(model)  # a base that runs before it has an adapter
+        return model
     model = plain()
     if name in IN_PLACE:
         IN_PLACE[name](model)
@@ -215,6 +219,41 @@ def test_checkpointing_gives_the_same_gradients(name, folder):
         torch.testing.assert_close(gradients[1][key], gradient, msg=key)
 
 
+BNB_4BIT = [name for name in LOADED if name.startswith("bnb") and name != "bnb-int8"]
+
+
+@pytest.fixture
+def packed_in_evaluation(monkeypatch):
+    """What bitsandbytes finds on CPUs with AVX512-BF16, on any CPU; only running what it packed needs one."""
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+
+
+@pytest.mark.parametrize("name", BNB_4BIT)
+def test_evaluation_leaves_gradients_and_base_weights_as_they_were(name, folder, packed_in_evaluation):
+    base = AutoModelForCausalLM.from_pretrained(folder, quantization_config=LOADED[name]())
+    # Gradients of q and v pass through the linears without an adapter, too.
+    model, ids = get_peft_model(base, config_for(target_modules=["q_proj", "v_proj"])), tokens()
+    weights, gradients = [], []
+    for _ in range(2):
+        weights.append([layer.get_base_weight().clone() for layer in layers_of(model)])
+        model.zero_grad()
+        model.train()(ids, labels=ids).loss.backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+        logits(model.eval())
+    for before, after in (*zip(*weights, strict=True), *zip(*gradients, strict=True)):
+        assert torch.equal(before, after)
+
+
+def test_weights_that_were_packed_before_the_adapter_came_are_refused(folder, packed_in_evaluation):
+    base = AutoModelForCausalLM.from_pretrained(folder, quantization_config=LOADED["bnb-nf4"]())
+    linear = base.model.layers[0].mlp.up_proj
+    linear.weight.data, linear.weight.quant_state = _convert_weight_packed_for_cpu(
+        linear.weight.data, linear.weight.quant_state
+    )
+    with pytest.raises(QuantizationError, match=r"weights of 'model.layers.0.mlp.up_proj' were packed .* Load the"):
+        get_peft_model(base, config_for())
+
+
 @pytest.mark.parametrize("name", MERGEABLE)
 def test_a_fixed_mixture_merges_to_the_error_of_quantising(name, folder):
     model = adapted(name, folder, "static")
@@ -295,11 +334,11 @@ def test_quantised_embeddings_are_no_linears():
 
 
 def test_gpt2s_transposed_linears_are_adapted_when_quantised(tmp_path):
-    tiny.tiny_gpt2().save_pretrained(tmp_path)
-    base = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=LOADED["bnb-nf4"]()).eval()
+    tiny.tiny_gpt2(n_embd=64).save_pretrained(tmp_path)
+    base = quantised("bnb-nf4", tmp_path)
     expected = logits(base)
     model = get_peft_model(base, config_for("static", target_modules=["c_attn"])).eval()
-    assert [layer.out_features for layer in layers_of(model)] == [96, 96]
+    assert [layer.out_features for layer in layers_of(model)] == [192, 192]
     with model.disable_adapter():
         assert torch.equal(logits(model), expected)
     unmerged = logits(model)

@@ -33,7 +33,7 @@ KEYS = [field.name for field in dataclasses.fields(Quantization)]
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
-    tiny.tiny_llama().to(torch.bfloat16).save_pretrained(folder)
+    tiny.tiny_llama(hidden_size=64, num_key_value_heads=4).to(torch.bfloat16).save_pretrained(folder)
     tiny.tiny_tokenizer().save_pretrained(folder)
     return folder
 
