@@ -186,7 +186,7 @@ def keep_packing(model: nn.Module) -> None:
                 "evaluation; they can no longer be trained through or merged into. Load the model again, and add the "
                 "adapter before it runs."
             )
-        module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+        module.support_avx512bf16_for_cpu = False
 
 
 def quantization_backend(module: nn.Module, get_apply_tensor_subclass: Callable[[], Any] | None = None) -> Any | None:
