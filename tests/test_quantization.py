@@ -115,7 +115,7 @@ def folder(tmp_path_factory):
 
 def plain():
     # One layer is quick; every library's groups divide these sizes. bitsandbytes reads scales wrongly on CPUs with
-    # AVX512 where a row is shorter than the 64 weights that share one.
+    # AVX512 where a row is no multiple of the 64 weights that share one.
     return tiny.tiny_llama(num_hidden_layers=1, num_key_value_heads=4, hidden_size=64, intermediate_size=128)
 
 
