@@ -18,6 +18,7 @@ from molora.kernels.mixture import mixing_weights
 from molora.observe import hand_on
 from molora.routing.precision import autocast_enabled, promote
 from molora.routing.routers.base import linear
+from molora.routing.weights import with_shared
 from molora.standard import Standard, drops, standard_of
 
 
@@ -60,8 +61,8 @@ def _reads_few(layer: Any, name: str, parts: Standard, x: Tensor) -> bool:
     if choices.selection != "top_k" or choices.top_k > FEW_EXPERTS or x.device.type != "cpu":
         return False
     simple = choices.gate == "softmax" and choices.renormalize and not choices.minus_threshold
-    experts, ranks = parts.router.weight.shape[0], parts.down.shape[0]
-    spared = ranks - choices.top_k * (ranks // experts)
+    experts, ranks = parts.router.weight.shape[0] + choices.shared_experts, parts.down.shape[0]
+    spared = ranks - (choices.top_k + choices.shared_experts) * (ranks // experts)
     return simple and spared >= SPARED_RANKS and parts.bias is None and name not in layer.molora_group
 
 
@@ -75,8 +76,11 @@ def _of_own_experts(layer: Any, name: str, x: Tensor, y: Tensor, parts: Standard
     weights, experts = _top_k(logits, parts.choices)
     if layer.routing_recorder is not None:
         dense = torch.zeros_like(logits).scatter_(0, experts, weights)
-        hand_on(layer, name, x, logits, dense, None)
-    rank = down.shape[0] // rows.shape[0]
+        hand_on(layer, name, x, logits, with_shared(dense, parts.choices.shared_experts, "one"), None)
+    rank = down.shape[0] // (rows.shape[0] + parts.choices.shared_experts)
+    if parts.choices.shared_experts:
+        first = rows.shape[0] * rank
+        y = torch.addmv(y, up[:, first:], torch.mv(down[first:], token), alpha=parts.scale)
     for expert, weight in zip(experts.tolist(), weights.tolist(), strict=True):
         first = expert * rank
         hidden = torch.mv(down[first : first + rank], token)
@@ -117,10 +121,12 @@ def weights_of_few(logits: Tensor, threshold_logit: Tensor | None, bias: Tensor 
     if bias is None and choices.gate == "softmax" and choices.renormalize:
         if choices.selection == "top_k" and not choices.minus_threshold:
             weights, experts = _top_k(logits, choices)
-            return torch.zeros_like(logits).scatter_(1, experts, weights)
+            kept = torch.zeros_like(logits).scatter_(1, experts, weights)
+            return with_shared(kept, choices.shared_experts, "one")
         if threshold_logit is not None and choices.minus_threshold and choices.temperature == 1:
             level = torch.sigmoid(threshold_logit).mul_(choices.max_threshold)
             kept = torch.softmax(logits, dim=-1).sub_(level).relu_()
-            return kept.div_(kept.sum(dim=-1, keepdim=True).clamp_(min=torch.finfo(kept.dtype).tiny))
+            kept.div_(kept.sum(dim=-1, keepdim=True).clamp_(min=torch.finfo(kept.dtype).tiny))
+            return with_shared(kept, choices.shared_experts, "one")
     empty = logits.new_empty(0)
     return mixing_weights(logits, empty if threshold_logit is None else threshold_logit, bias, choices)

@@ -45,16 +45,16 @@ def hand_on(
         name: Name of the adapter.
         x: What it decided about, `[..., in]`.
         logits: Of its tokens, `[T, E]` or `[E]`.
-        weights: Likewise.
+        weights: Likewise, with those of shared experts behind them.
         threshold_logit: `[T, 1]`, if there is one.
     """
     group = layer.molora_group.get(name)
     shared = group is not None and group.decides_once
     if not shared and layer.routing_recorder is None:
         return
-    wanted = (*x.shape[:-1], logits.shape[-1])
     level = None if threshold_logit is None else threshold_logit.view(*x.shape[:-1], 1)
-    routing = Recomputed(logits.view(wanted), weights.view(wanted), layer.molora_spec[name], level)
+    logits, weights = (value.view(*x.shape[:-1], value.shape[-1]) for value in (logits, weights))
+    routing = Recomputed(logits, weights, layer.molora_spec[name], level)
     if group is not None and shared:
         group.put(name, None if layer.routing_scope is None else layer.routing_scope.current(), routing)
     tell(layer, name, x, None, routing)

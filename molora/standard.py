@@ -27,7 +27,9 @@ def choices_of(spec: RoutingSpec, training: bool) -> Choices | None:
     """
     if spec.gate not in GATES or spec.selection not in SELECTIONS or spec.weights not in _WEIGHTS:
         return None
-    if spec.null_experts or spec.shared_experts or spec.score_weight is not None or spec.logit_norm is not None:
+    if spec.null_experts or spec.score_weight is not None or spec.logit_norm is not None:
+        return None
+    if spec.shared_experts and spec.shared_weight != "one":
         return None
     noise = spec.router_noise or spec.router_jitter or spec.expert_dropout or spec.capacity_factor is not None
     if (noise or spec.view_dropout is not None) if training else spec.min_logit is not None:
@@ -42,6 +44,7 @@ def choices_of(spec: RoutingSpec, training: bool) -> Choices | None:
         top_p=spec.top_p,
         threshold=spec.threshold,
         max_threshold=spec.max_threshold,
+        shared_experts=spec.shared_experts,
     )
 
 

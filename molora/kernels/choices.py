@@ -27,6 +27,7 @@ class Choices:
         top_p: Share of the total that `top_p` reaches.
         threshold: The level of all selections but `adaptive_threshold`.
         max_threshold: The level of `adaptive_threshold` is at most this.
+        shared_experts: X, experts behind the routed ones that count fully for every token.
     """
 
     gate: str
@@ -38,6 +39,7 @@ class Choices:
     top_p: float = 1.0
     threshold: float = 0.0
     max_threshold: float = 1.0
+    shared_experts: int = 0
 
     def __post_init__(self) -> None:
         if self.gate not in GATES:
@@ -46,6 +48,8 @@ class Choices:
             raise MoloraError(f"selection of the fused operation: {one_of(self.selection, SELECTIONS)}")
         if self.selection == "top_k" and self.top_k < 1:
             raise MoloraError(f"top_k of the fused operation: got {self.top_k}; give at least 1.")
+        if self.shared_experts < 0:
+            raise MoloraError(f"shared_experts of the fused operation: got {self.shared_experts}; give 0 or more.")
         if not self.temperature > 0:
             raise MoloraError(f"temperature of the fused operation: got {self.temperature}; give a positive number.")
 
@@ -84,9 +88,10 @@ def check_call(given: dict[str, Tensor | None], choices: Choices, backend: str) 
                 f"{name} of the fused operation has shape {list(tensor.shape)}; x {list(x.shape)}, {ranks} rows of a, "
                 f"{experts} of the router and {out} of b ask for {list(shape)}."
             )
-    if ranks % experts:
+    bank = experts + choices.shared_experts
+    if ranks % bank:
         raise MoloraError(
-            f"a has {ranks} rows for {experts} experts; the fused operation needs experts of equal rank. Use the "
+            f"a has {ranks} rows for {bank} experts; the fused operation needs experts of equal rank. Use the "
             "unfused layer for others."
         )
     for name in ("y", "a", "b", "base_weight"):

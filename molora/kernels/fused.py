@@ -33,7 +33,7 @@ class Mixture(NamedTuple):
         y: `[T, out]`.
         logits: `[T, E]`.
         threshold_logit: `[T, 1]`, or empty without a learned threshold.
-        weights: `[T, E]`; not zero exactly where an expert was selected.
+        weights: `[T, E + X]`; not zero exactly where an expert was selected, and 1 for shared ones.
     """
 
     y: Tensor
@@ -65,7 +65,7 @@ def mixture(
     Args:
         x: `[T, in]`, in fp32, bf16 or fp16 (fp64 too without a GPU).
         y: `[T, out]`, in x's dtype.
-        a: `[R, in]`, in x's dtype; R/E rows for each expert.
+        a: `[R, in]`, in x's dtype; as many rows for each expert, those of shared ones last.
         router: `[E, in]`, in x's dtype or fp32.
         b: `[out, R]`, in x's dtype.
         router_bias: `[E]`, added to the logits.
@@ -141,7 +141,7 @@ class _Dtypes(NamedTuple):
 
 _CHOICES = (
     "float scale, str gate, str selection, bool minus_threshold, bool renormalize, float temperature, int top_k, "
-    "float top_p, float threshold, float max_threshold, str backend"
+    "float top_p, float threshold, float max_threshold, int shared_experts, str backend"
 )
 """The static arguments of the operations, which take no objects: scale, the fields of `Choices`, backend."""
 
@@ -176,7 +176,8 @@ def _(*given: Any) -> tuple[Tensor, ...]:
     exact = torch.promote_types(x.dtype, torch.float32)
     logits = x.new_empty(x.shape[0], router.shape[0], dtype=exact)
     threshold_logit = logits.new_empty(*((0,) if threshold_row is None else (x.shape[0], 1)))
-    return y.new_empty(y.shape), logits, threshold_logit, torch.empty_like(logits), x.new_empty(x.shape[0], a.shape[0])
+    weights = logits.new_empty(x.shape[0], router.shape[0] + _static(given[10:])[1].shared_experts)
+    return y.new_empty(y.shape), logits, threshold_logit, weights, x.new_empty(x.shape[0], a.shape[0])
 
 
 @torch.library.custom_op(

@@ -1,10 +1,10 @@
 """The fused operation in plain torch, forward and backward by hand: the kernels' twin, and what runs on CPUs.
 
-Forward, with `[T, ...]` tokens, E experts of equal rank r and R = E·r:
+Forward, with `[T, ...]` tokens, E routed and X shared experts of equal rank r and R = (E + X)·r:
 
     h = x Aᵀ        z = x Wᵀ + bias        t = x vᵀ + bias (adaptive threshold)
     p = gate(z / temperature)              level = max_threshold · sigmoid(t), or a number
-    v = p or p − level where selected      w = v / Σv if renormalised and Σv > 0, else v
+    v = p or p − level where selected      w = v / Σv if renormalised and Σv > 0, else v; 1 for shared experts
     y' = y + (scale · repeat(w, r) ⊙ h) Bᵀ
 
 Backward, with gy and the gradients that auxiliary losses send into logits, threshold logit and weights:
@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from molora.kernels.choices import Choices
+from molora.routing.weights import with_shared
 
 
 class Forward(NamedTuple):
@@ -41,7 +42,7 @@ class Forward(NamedTuple):
         h: The hidden before the gate, `[T, R]`, in x's dtype.
         logits: `[T, E]`.
         threshold_logit: `[T, 1]`, or empty.
-        weights: `[T, E]`.
+        weights: `[T, E + X]`.
     """
 
     y: Tensor
@@ -133,7 +134,7 @@ def mixture_forward(
 
 
 def mixing_weights(logits: Tensor, threshold_logit: Tensor, balance_bias: Tensor | None, choices: Choices) -> Tensor:
-    """Turn logits into mixing weights, `[T, E]`.
+    """Turn logits into mixing weights, `[T, E + X]`.
 
     Args:
         logits: `[T, E]` in fp32 or fp64.
@@ -149,7 +150,7 @@ def mixing_weights(logits: Tensor, threshold_logit: Tensor, balance_bias: Tensor
         total = values.sum(dim=-1, keepdim=True)
         values = values / torch.where(total > 0, total, 1.0)
     weights = values.masked_fill(kept & (values == 0), torch.finfo(exact).tiny)
-    return weights
+    return with_shared(weights, choices.shared_experts, "one")
 
 
 def mixture_backward(
@@ -169,7 +170,7 @@ def mixture_backward(
         gy: Gradient of `y'`, `[T, out]`.
         dlogits: Gradient of the logits that comes from elsewhere, `[T, E]`.
         dthreshold: Likewise of the threshold logit, `[T, 1]`.
-        dweights: Likewise of the weights, `[T, E]`.
+        dweights: Likewise of the weights, `[T, E + X]`.
         scale: As in the forward pass.
         choices: As in the forward pass.
         needs: Which gradients to compute.
@@ -198,9 +199,10 @@ def mixture_backward(
 def routing_backward(
     dw: Tensor, saved: Saved, dlogits: Tensor | None, dthreshold: Tensor | None, choices: Choices
 ) -> Tensor:
-    """Gradient of logits and threshold logit, `[T, E]` or `[T, E + 1]`, from that of the weights `[T, E]`."""
-    weights, p = saved.weights, _gate(saved.logits, choices)
-    level, kept = _level(saved.threshold_logit, choices), saved.weights != 0
+    """Gradient of logits and threshold logit, `[T, E]` or `[T, E + 1]`, from that of the weights `[T, E + X]`."""
+    routed = saved.logits.shape[-1]
+    dw, weights, p = dw[:, :routed], saved.weights[:, :routed], _gate(saved.logits, choices)
+    level, kept = _level(saved.threshold_logit, choices), weights != 0
     if choices.renormalize:
         total = (p - level if choices.minus_threshold else p).masked_fill(~kept, 0.0).sum(dim=-1, keepdim=True)
         # The weights sum to one exactly where they were divided by a positive sum.

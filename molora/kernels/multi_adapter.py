@@ -4,9 +4,10 @@ With `a` the adapter of a row and `g_a(x)` its mixing weights, each spread over 
 
     y[row] += scale_a · (g_a(x) ⊙ (x A_aᵀ)) B_aᵀ
 
-The adapters of one call have the same E, r and routing choices; their scales may differ, and their matrices stay where
-they are: nothing is stacked or copied. Here is the plain-torch form. Rows are grouped by adapter, whose products write
-into one buffer for all rows, so that routing runs once and not once per adapter.
+The adapters of one call have the same E, r and routing choices, with shared experts among these; their scales may
+differ, and their matrices stay where they are: nothing is stacked or copied. Here is the plain-torch form. Rows are
+grouped by adapter, whose products write into one buffer for all rows, so that routing runs once and not once per
+adapter.
 `molora.kernels.triton.multi_adapter` has the form for GPUs, two launches whatever the number of adapters.
 """
 
@@ -162,7 +163,7 @@ def _mixed_rows_torch(
         _shrink(taken, adapters[piece.adapter], hidden[at], logits[at], None if both is None else both[at])
     level = logits[:, experts:]  # empty without a learned threshold
     weights = mixing_weights(logits[:, :experts], level, None, choices)
-    hidden.unflatten(1, (experts, -1)).mul_(weights.unsqueeze(-1))
+    hidden.unflatten(1, (weights.shape[1], -1)).mul_(weights.unsqueeze(-1))
     for piece in pieces:
         gated = hidden[piece.start * tokens : piece.stop * tokens]
         if isinstance(piece.rows, slice):

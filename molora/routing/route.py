@@ -97,7 +97,7 @@ class Recomputed(Routing):
 
     Args:
         logits: `[..., E]`.
-        weights: Likewise; not zero exactly where an expert was selected.
+        weights: Likewise, and those of shared experts; not zero exactly where an expert was selected.
         spec: The routing choices.
         threshold_logit: `[..., 1]`, if the selection has a learned level.
     """
@@ -119,7 +119,7 @@ class Recomputed(Routing):
     @functools.cached_property
     def selected(self) -> Tensor:
         """Boolean `[..., E]`."""
-        return self.weights.detach() != 0
+        return self.weights.detach()[..., : self.logits.shape[-1]] != 0
 
     @functools.cached_property
     def threshold(self) -> Tensor | None:

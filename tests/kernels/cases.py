@@ -43,6 +43,11 @@ class Case:
     narrow_router: bool = False
     scale: float = 0.5
 
+    @property
+    def bank(self) -> int:
+        """Experts with the shared ones."""
+        return self.experts + self.choices.shared_experts
+
 
 TOP_2 = Choices("softmax", "top_k", renormalize=True, top_k=2)
 ADAMOLE = Choices("softmax", "adaptive_threshold", minus_threshold=True, renormalize=True, max_threshold=1 / 6)
@@ -72,6 +77,23 @@ CASES = {
     "more ranks than a program holds": Case(TOP_2, 6, 12, 17, 20, 40, base_weight=True, aux=True),
     "adaptive, more ranks than a program holds": Case(ADAMOLE, 9, 8, 17, 20, 40, threshold_bias=True, aux=True),
     "a rank that no program holds": Case(replace(TOP_2, top_k=1), 2, 70, 5, 20, 20),
+    "two shared experts": Case(
+        replace(TOP_2, shared_experts=2),
+        6,
+        8,
+        33,
+        50,
+        70,
+        router_bias=True,
+        balance_bias=True,
+        base_weight=True,
+        aux=True,
+    ),
+    "a shared expert, adaptive": Case(replace(ADAMOLE, shared_experts=1), 5, 3, threshold_bias=True, aux=True),
+    "shared experts, one token": Case(replace(TOP_2, shared_experts=3), 5, 4, 1, 40, 40),
+    "shared experts, many tokens": Case(replace(TOP_2, gate="sigmoid", shared_experts=1), 3, 4, 70, 20, 40, aux=True),
+    "more shared experts than routed ones": Case(Choices("sigmoid", "dense", shared_experts=20), 2, 2, aux=True),
+    "shared experts, more ranks than a program holds": Case(replace(ADAMOLE, shared_experts=3), 7, 8, 17, aux=True),
     "router in the dtype of x": Case(ADAMOLE, narrow_router=True, base_weight=True),
 }
 
@@ -83,7 +105,7 @@ def tensors_of(case: Case, dtype: torch.dtype, device: str = "cpu") -> dict[str,
     def draw(*shape: int, scale: float = 1.0, dtype: torch.dtype = dtype) -> Tensor:
         return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(device, dtype)
 
-    wide, ranks = case.width**-0.5, case.experts * case.rank
+    wide, ranks = case.width**-0.5, case.bank * case.rank
     exact = torch.promote_types(dtype, torch.float32)
     routing = dtype if case.narrow_router else exact
     given: dict[str, Tensor | None] = {
@@ -114,7 +136,7 @@ def incoming(case: Case, dtype: torch.dtype, device: str = "cpu") -> list[Tensor
     """Gradients of y', logits, threshold logits and weights."""
     generator = torch.Generator().manual_seed(2)
     exact = torch.promote_types(dtype, torch.float32)
-    shapes = [(case.tokens, case.out), (case.tokens, case.experts), (case.tokens, 1), (case.tokens, case.experts)]
+    shapes = [(case.tokens, case.out), (case.tokens, case.experts), (case.tokens, 1), (case.tokens, case.bank)]
     drawn = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
     found = [drawn[0].to(device, dtype), *(grad.to(device, exact) for grad in drawn[1:])]
     return [found[0], *(grad if case.aux else None for grad in found[1:3]), found[3] if case.aux else None]
@@ -143,6 +165,7 @@ def by_routing(given: dict[str, Tensor | None], case: Case) -> tuple[Tensor, Ten
         top_p=c.top_p,
         threshold=c.threshold,
         max_threshold=c.max_threshold,
+        shared_experts=c.shared_experts,
     )
     weights = route(logits, spec, RoutingExtras(threshold_logit=level, bias=given["balance_bias"])).weights
     gated = (x @ given["a"].t()) * (weights * case.scale).repeat_interleave(case.rank, dim=-1)

@@ -57,6 +57,10 @@ CASES = {
     "bf16": Case((0, 1, 0), dtype=torch.bfloat16, tokens=9),
     "bf16, fp32 router": Case((0, -1, 1), ADAPTIVE, dtype=torch.bfloat16, router_dtype=torch.float32),
     "bf16, fp32 router, decoding": Case((1, -1, 0), dtype=torch.bfloat16, router_dtype=torch.float32, tokens=1),
+    "shared experts": Case((0, -1, 1, 0), replace(TOP_2, shared_experts=2), tokens=9, router_bias=True),
+    "shared experts, decoding": Case((2, 0, -1), replace(ADAPTIVE, shared_experts=1), tokens=1, rank=3),
+    "many shared experts, decoding": Case((0, 1), replace(TOP_2, shared_experts=30), tokens=1, rank=2),
+    "shared experts, several blocks of tokens": Case((1, 0), replace(TOP_2, shared_experts=1), tokens=70, experts=3),
     "fp16, fp32 router": Case((0, 1), dtype=torch.float16, router_dtype=torch.float32, router_bias=True),
 }
 
@@ -73,7 +77,7 @@ def make(case: Case, device: str) -> tuple[torch.Tensor, torch.Tensor, list[Adap
         return (torch.randn(*shape) * (4 / shape[-1]) ** 0.5).to(dtype).to(device)
 
     def adapter(number: int) -> AdapterParts:
-        ranks = case.experts * case.rank
+        ranks = (case.experts + case.choices.shared_experts) * case.rank
         return AdapterParts(
             normal(ranks, case.width),
             normal(case.experts, case.width, dtype=routed),
@@ -104,6 +108,7 @@ def by_row(x, y, case: Case, adapters, dtype: torch.dtype):
         choices.top_p,
         choices.threshold,
         choices.max_threshold,
+        shared_experts=choices.shared_experts,
     )
     y = y.to(dtype)
     for row, number in enumerate(case.index):

@@ -64,14 +64,14 @@ def mixture_backward(
     One launch for the hidden and the gate (two for many ranks), one each for the weight gradients on either side.
     """
     with _device_of(gy):
-        x, gy, (experts, ranks) = saved.x.contiguous(), gy.contiguous(), (saved.router.shape[0], saved.a.shape[0])
+        x, gy, (bank, ranks) = saved.x.contiguous(), gy.contiguous(), (saved.weights.shape[1], saved.a.shape[0])
         aux = _fp32(dlogits), _fp32(dthreshold), _fp32(dweights)
         routed = (saved.logits, saved.threshold_logit, saved.weights)
         packed, exact = launch_hidden_backward(gy, saved.b.contiguous(), saved.h, *routed, aux, scale, choices)
         dx = _input_gradient(saved, gy, packed) if needs.x else None
         da = drouter = bias = db = None
         if needs.a or needs.router:
-            down = launch_down_gradient(packed, exact if needs.router else None, x, ranks, experts)
+            down = launch_down_gradient(packed, exact if needs.router else None, x, ranks, bank)
             da = down[:ranks].to(saved.a.dtype) if needs.a else None
             drouter = down[ranks:] if needs.router else None
         if needs.router:

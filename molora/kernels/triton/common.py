@@ -1,6 +1,7 @@
 """What all kernels of one mixture share: dots, exact products of fp32 with 16 bits, the gate, and sizes of a call.
 
-Letters of every kernel: T tokens, IN and OUT widths, E experts, RANK ranks each, R = E·RANK. Blocks: BM tokens, BN
+Letters of every kernel: T tokens, IN and OUT widths, E routed experts, ALL experts with the shared ones, which stand
+behind them and count fully for every token, RANK ranks each, R = ALL·RANK. Blocks: BM tokens, BN
 columns, BK of the width that is summed over. EP is E (plus one for a threshold's column) padded to a power of two.
 
 `UP` upcasts 16-bit operands. The interpreter needs it: it keeps bf16 as integers and multiplies those, silently.
@@ -202,17 +203,17 @@ def slices_of(tokens: int, block: int, programs: int, wanted: int) -> tuple[int,
     return triton.cdiv(blocks, per_slice), per_slice * block
 
 
-def check_equal_ranks(a: torch.Tensor, router: torch.Tensor) -> tuple[int, int]:
-    """E and the rank of each expert.
+def check_equal_ranks(a: torch.Tensor, router: torch.Tensor, choices: Choices) -> None:
+    """Refuse experts that cannot have equal ranks.
 
     Args:
         a: `[R, in]`.
         router: `[E, in]`.
+        choices: Routing choices.
 
     Raises:
-        ValueError: If the experts cannot have equal ranks.
+        ValueError: If the ranks are no multiple of the experts.
     """
-    experts, ranks = router.shape[0], a.shape[0]
+    experts, ranks = router.shape[0] + choices.shared_experts, a.shape[0]
     if ranks % experts:
         raise ValueError(f"{ranks} rows of A for {experts} experts; the kernels need experts of equal rank.")
-    return experts, ranks // experts

@@ -2,7 +2,7 @@
 
     y' = y + (scale · repeat(w, RANK) ⊙ h) Bᵀ
 
-Layout: `y [T, OUT]`, `h [T, R]`, `weights [T, E]` in fp32, `b [OUT, R]` row-major, so that tiles of B are contiguous
+Layout: `y [T, OUT]`, `h [T, R]`, `weights [T, ALL]` in fp32, `b [OUT, R]` row-major, so that tiles of B are contiguous
 along the ranks that are summed over. `out` may be y itself.
 
 Decisions:
@@ -30,10 +30,10 @@ from molora.kernels.triton.tiles import FEW_TOKENS, WHOLE_RANKS, Tile, expand_ti
 
 
 @triton.jit
-def _gates(weights_ptr, rows, columns, T, scale, E: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr):
+def _gates(weights_ptr, rows, columns, T, scale, ALL: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr):
     """Weight of each rank's expert times the scale, `[BM, BK]`."""
     return scale * tl.load(
-        weights_ptr + rows[:, None] * E + (columns // RANK)[None, :],
+        weights_ptr + rows[:, None] * ALL + (columns // RANK)[None, :],
         mask=(rows < T)[:, None] & (columns < R)[None, :],
         other=0.0,
     )
@@ -63,7 +63,7 @@ def expand_add(
     T,
     OUT,
     scale,
-    E: tl.constexpr,
+    ALL: tl.constexpr,
     R: tl.constexpr,
     RANK: tl.constexpr,
     SKIP: tl.constexpr,
@@ -81,7 +81,7 @@ def expand_add(
     acc = tl.zeros((BM, BN), tl.float32)
     for start in range(0, R, BK):
         columns = start + tl.arange(0, BK)
-        gates = _gates(weights_ptr, rows, columns, T, scale, E, R, RANK)
+        gates = _gates(weights_ptr, rows, columns, T, scale, ALL, R, RANK)
         if SKIP:
             # Not `> 0`: weights may be negative, and NaN must come through.
             if tl.max((gates != 0.0).to(tl.int32)) > 0:
@@ -95,13 +95,13 @@ def expand_constants(experts: int, ranks: int, few: bool, tile: Tile) -> dict[st
     """What the kernel is compiled for.
 
     Args:
-        experts: E.
+        experts: ALL.
         ranks: R.
         few: Whether there are at most `FEW_TOKENS` tokens.
         tile: Block sizes.
     """
     return {
-        "E": experts,
+        "ALL": experts,
         "R": ranks,
         "RANK": ranks // experts,
         "SKIP": few or ranks > WHOLE_RANKS,
@@ -119,7 +119,7 @@ def launch_expand_add(y: Tensor, out: Tensor, h: Tensor, weights: Tensor, b: Ten
         y: `[T, out]`.
         out: `[T, out]`; may be y.
         h: `[T, R]`.
-        weights: `[T, E]`.
+        weights: `[T, ALL]`.
         b: `[out, R]`.
         scale: Factor of every expert.
     """

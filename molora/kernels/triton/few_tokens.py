@@ -161,6 +161,7 @@ def rows_route_expand(
     ALIGNED: tl.constexpr,
     SLICES: tl.constexpr,
     E: tl.constexpr,
+    ALL: tl.constexpr,
     R: tl.constexpr,
     EP: tl.constexpr,
     SIGMOID: tl.constexpr,
@@ -214,11 +215,12 @@ def rows_route_expand(
     for first in range(0, R, BK):
         columns = first + column
         # Padding takes the gate of any expert, and its hidden is zero.
-        RANK: tl.constexpr = R // E
+        RANK: tl.constexpr = R // ALL
         # A division by multiplication, exact below 2**20 / RANK: AMD's compiler of Triton 3.9 dies of one by 3.
         of = (columns * ((1 << 20) // RANK + 1)) >> 20 if RANK & (RANK - 1) else columns // RANK
-        of = tl.minimum(of, EP - 1)
-        gates = tl.gather(weights, tl.broadcast_to(of[None, :], (BM, BK)), 1)
+        gates = tl.gather(weights, tl.broadcast_to(tl.minimum(of, EP - 1)[None, :], (BM, BK)), 1)
+        if ALL > E:
+            gates = tl.where((of < E)[None, :], gates, scale)
         there = columns < R
         if WHOLE:
             h = _summed(parts_ptr, place + columns[None, :], here & there[None, :], stride, SLICES)
@@ -274,10 +276,12 @@ def few_constants(
     experts, ranks = one.router.shape[0], one.a.shape[0]
     first, second = blocks(kind, one.a.dtype, ranks, padded_experts(experts, choices))
     routed, routing = routed_constants(one, choices, aligned), routing_constants(choices)
-    shared = {"E": experts, "R": ranks, "EP": padded_experts(experts, choices), "UP": INTERPRETED}
+    sizes = {"E": experts, "R": ranks, "EP": padded_experts(experts, choices), "UP": INTERPRETED}
+    bank = {"ALL": experts + choices.shared_experts}
     kept = min(choices.top_k, experts) if choices.selection == "top_k" else 0
     partial = {"ROUTED_BY": routed["ROUTED_BY"], "ALIGNED": aligned, "SELECTION": routing["SELECTION"]}
-    return {**partial, **shared, **first}, {**routed, **routing, **shared, **second, "SLICES": slices, "K": kept}
+    expand = {**routed, **routing, **sizes, **bank, **second, "SLICES": slices, "K": kept}
+    return {**partial, **sizes, **first}, expand
 
 
 def launch(x: Tensor, y: Tensor, index: Tensor, known: Table, one: AdapterParts, choices: Choices) -> None:

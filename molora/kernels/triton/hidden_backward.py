@@ -5,10 +5,10 @@
     dz = dz_aux + p (dv − Σ p dv) / temperature, or dz_aux + dv p (1 − p) / temperature for sigmoids
     dt = dt_aux − Σ dv · level · (1 − sigmoid(t)), the sum only if weights are p − level
 
-Layout: `gy [T, OUT]`, `b [OUT, R]`, `h [T, R]`; fp32 `weights`, `logits` and the gradients from auxiliary losses
-`[T, E]`, `threshold_logit` and its gradient `[T, 1]`. Out: `packed [T, WIDTH]` in x's dtype, `[dh | dz | dt | 0]`,
-which one product with `[A; W; v; 0]` turns into the adapter's part of dx; and `exact [T, X]`, `[dz | dt]` in fp32,
-X = E or E + 1, from which the router's own gradients follow.
+Layout: `gy [T, OUT]`, `b [OUT, R]`, `h [T, R]`; in fp32 `weights [T, ALL]` and `logits [T, E]`, the gradients of both
+from auxiliary losses, `threshold_logit` and its gradient `[T, 1]`. Out: `packed [T, WIDTH]` in x's dtype,
+`[dh | dz | dt | 0]`, which one product with `[A; W; v; 0]` turns into the adapter's part of dx; and `exact [T, X]`,
+`[dz | dt]` in fp32, X = E or E + 1, from which the router's own gradients follow.
 
 Decisions:
 - A program owns whole rows of tokens, so no sum crosses programs: no atomics, the same bits every time.
@@ -62,6 +62,7 @@ def _store_gate_gradient(
     threshold,
     max_threshold,
     E: tl.constexpr,
+    ALL: tl.constexpr,
     R: tl.constexpr,
     WIDTH: tl.constexpr,
     SIGMOID: tl.constexpr,
@@ -70,7 +71,10 @@ def _store_gate_gradient(
     RENORM: tl.constexpr,
     UP: tl.constexpr,
 ):
-    """From the experts' part of dw `[BM, EP]` to dz and dt, stored twice: packed and exact."""
+    """From the experts' part of dw `[BM, EP]` to dz and dt, stored twice: packed and exact.
+
+    `w` is zero for shared experts: their weights depend on nothing.
+    """
     X: tl.constexpr = E + 1 if SELECTION == ADAPTIVE else E
     expert = tl.arange(0, dw.shape[1])
     is_expert = tl.broadcast_to((expert < E)[None, :], dw.shape)
@@ -78,7 +82,7 @@ def _store_gate_gradient(
     mask = (rows < T)[:, None] & is_expert
     p = gate_values(tl.load(logits_ptr + place, mask=mask, other=0.0), is_expert, temperature, SIGMOID)
     if dweights_ptr is not None:
-        dw += tl.load(dweights_ptr + place, mask=mask, other=0.0)
+        dw += tl.load(dweights_ptr + rows[:, None] * ALL + expert[None, :], mask=mask, other=0.0)
     squashed = tl.zeros_like(tl.sum(dw, 1))
     level = squashed + threshold
     if SELECTION == ADAPTIVE:
@@ -121,6 +125,7 @@ def hidden_backward(
     threshold,
     max_threshold,
     E: tl.constexpr,
+    ALL: tl.constexpr,
     RANK: tl.constexpr,
     WIDTH: tl.constexpr,
     GROUP: tl.constexpr,
@@ -134,8 +139,8 @@ def hidden_backward(
     BK: tl.constexpr,
     UP: tl.constexpr,
 ):
-    """Grid: (groups of GROUP experts, blocks of tokens). Unless the group is the WHOLE, it fills `partial [T, E]`."""
-    R: tl.constexpr = E * RANK
+    """Grid: (groups of GROUP experts, blocks of tokens). Unless a group is the WHOLE, it fills `partial [T, ALL]`."""
+    R: tl.constexpr = ALL * RANK
     rows = tl.program_id(1).to(tl.int64) * BM + tl.arange(0, BM)
     first = tl.program_id(0) * GROUP
     here, n = (rows < T)[:, None], tl.arange(0, GROUP * RP)
@@ -145,7 +150,7 @@ def hidden_backward(
     for low in tl.static_range(0, RANK, RP):
         # Without padding the compiler is to see one run of addresses.
         columns = first * RANK + n if RP == RANK else (first + n // RP) * RANK + low + n % RP
-        there = (columns < R) if RP == RANK else (first + n // RP < E) & (low + n % RP < RANK)
+        there = (columns < R) if RP == RANK else (first + n // RP < ALL) & (low + n % RP < RANK)
         acc = tl.zeros((BM, GROUP * RP), tl.float32)
         for start in range(0, OUT, BK):
             k = start + tl.arange(0, BK)
@@ -159,23 +164,23 @@ def hidden_backward(
         mask = here & there[None, :]
         h = tl.load(h_ptr + rows[:, None] * R + columns[None, :], mask=mask, other=0.0).to(tl.float32)
         dw += tl.sum(tl.reshape(acc * h, (BM, GROUP, RP)), 2)
-        gates = tl.load(weights_ptr + rows[:, None] * E + (first + n // RP)[None, :], mask=mask, other=0.0)
+        gates = tl.load(weights_ptr + rows[:, None] * ALL + (first + n // RP)[None, :], mask=mask, other=0.0)
         tl.store(
             packed_ptr + rows[:, None] * WIDTH + columns[None, :],
             narrow(acc * gates * scale, packed_ptr.dtype.element_ty, UP),
             mask=mask,
         )
     dw *= scale
-    mask = here & (expert < E)[None, :]
+    place = rows[:, None] * ALL + expert[None, :]
     if WHOLE:
-        w = tl.load(weights_ptr + rows[:, None] * E + expert[None, :], mask=mask, other=0.0)
+        w = tl.load(weights_ptr + place, mask=here & (expert < E)[None, :], other=0.0)
         _store_gate_gradient(
             dw, w, logits_ptr, threshold_logit_ptr, dlogits_ptr, dthreshold_ptr, dweights_ptr, packed_ptr,
-            exact_ptr, rows, T, temperature, threshold, max_threshold, E, R, WIDTH, SIGMOID, SELECTION, MINUS, RENORM,
-            UP,
+            exact_ptr, rows, T, temperature, threshold, max_threshold, E, ALL, R, WIDTH, SIGMOID, SELECTION, MINUS,
+            RENORM, UP,
         )  # fmt: skip
     else:
-        tl.store(partial_ptr + rows[:, None] * E + expert[None, :], dw, mask=mask)
+        tl.store(partial_ptr + place, dw, mask=here & (expert < ALL)[None, :])
 
 
 @triton.jit
@@ -194,6 +199,7 @@ def gate_backward(
     threshold,
     max_threshold,
     E: tl.constexpr,
+    ALL: tl.constexpr,
     R: tl.constexpr,
     WIDTH: tl.constexpr,
     EP: tl.constexpr,
@@ -207,12 +213,13 @@ def gate_backward(
     """The gate's part where the experts do not fit into one program. Grid: (blocks of tokens,)."""
     rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     expert = tl.arange(0, EP)[None, :]
-    place, mask = rows[:, None] * E + expert, (rows < T)[:, None] & (expert < E)
+    place, mask = rows[:, None] * ALL + expert, (rows < T)[:, None] & (expert < E)
     dw = tl.load(partial_ptr + place, mask=mask, other=0.0)
     w = tl.load(weights_ptr + place, mask=mask, other=0.0)
     _store_gate_gradient(
         dw, w, logits_ptr, threshold_logit_ptr, dlogits_ptr, dthreshold_ptr, dweights_ptr, packed_ptr,
-        exact_ptr, rows, T, temperature, threshold, max_threshold, E, R, WIDTH, SIGMOID, SELECTION, MINUS, RENORM, UP,
+        exact_ptr, rows, T, temperature, threshold, max_threshold, E, ALL, R, WIDTH, SIGMOID, SELECTION, MINUS, RENORM,
+        UP,
     )  # fmt: skip
 
 
@@ -226,14 +233,15 @@ def backward_constants(experts: int, rank: int, choices: Choices, tile: Tile) ->
         tile: Block sizes; BN is GROUP·RP.
     """
     rank_block = min(triton.next_power_of_2(rank), tile.BN)
-    group = tile.BN // rank_block
+    group, bank = tile.BN // rank_block, experts + choices.shared_experts
     return {
         "E": experts,
+        "ALL": bank,
         "RANK": rank,
-        "WIDTH": packed_width(experts * rank, experts, choices),
+        "WIDTH": packed_width(bank * rank, experts, choices),
         "GROUP": group,
         "RP": rank_block,
-        "WHOLE": group >= experts,
+        "WHOLE": group >= bank,
         "BM": tile.BM,
         "BK": tile.BK,
         "UP": INTERPRETED,
@@ -247,10 +255,15 @@ GATE_OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
 
 def gate_constants(constants: dict[str, Any]) -> dict[str, Any]:
     """What `gate_backward` is compiled for, given the same of `hidden_backward`."""
-    shared = {name: constants[name] for name in ("E", "WIDTH", "SIGMOID", "SELECTION", "MINUS", "RENORM", "UP")}
+    same = ("E", "ALL", "WIDTH", "SIGMOID", "SELECTION", "MINUS", "RENORM", "UP")
     columns = triton.next_power_of_2(constants["E"])
-    ranks = constants["E"] * constants["RANK"]
-    return {**shared, "R": ranks, "EP": columns, "BM": max(1, min(32, 2048 // columns))}
+    ranks = constants["ALL"] * constants["RANK"]
+    return {
+        **{name: constants[name] for name in same},
+        "R": ranks,
+        "EP": columns,
+        "BM": max(1, min(32, 2048 // columns)),
+    }
 
 
 def launch_hidden_backward(
@@ -272,15 +285,16 @@ def launch_hidden_backward(
         h: `[T, R]`.
         logits: `[T, E]`.
         threshold_logit: `[T, 1]` or empty.
-        weights: `[T, E]`.
-        aux: Gradients that come from elsewhere, of logits `[T, E]`, threshold logit `[T, 1]` and weights `[T, E]`.
+        weights: `[T, ALL]`.
+        aux: Gradients that come from elsewhere, of logits `[T, E]`, threshold logit `[T, 1]` and weights `[T, ALL]`.
         scale: Factor of every expert.
         choices: Routing choices.
     """
     tokens, width = gy.shape
-    experts, rank = logits.shape[1], h.shape[1] // logits.shape[1]
+    experts, bank = logits.shape[1], weights.shape[1]
+    rank = h.shape[1] // bank
     exact = logits.new_empty(tokens, experts + choices.adaptive)
-    tile = backward_tile(gy.device, gy.dtype, tokens, experts, rank)
+    tile = backward_tile(gy.device, gy.dtype, tokens, bank, rank)
     constants = backward_constants(experts, rank, choices, tile)
     padded = constants["WIDTH"] > h.shape[1] + exact.shape[1]
     packed = (torch.zeros if padded else torch.empty)(tokens, constants["WIDTH"], dtype=h.dtype, device=h.device)
@@ -288,7 +302,7 @@ def launch_hidden_backward(
     blocks = triton.cdiv(tokens, tile.BM)
     level = (choices.temperature, choices.threshold, choices.max_threshold)
     given = (weights, logits, threshold_logit, *aux, packed, exact)
-    hidden_backward[triton.cdiv(experts, constants["GROUP"]), blocks](
+    hidden_backward[triton.cdiv(bank, constants["GROUP"]), blocks](
         gy, b, h, *given, partial, tokens, width, scale, *level, **constants, **tile.options
     )
     if partial is not None:

@@ -71,6 +71,7 @@ def rows_route_shrink(
     HAS_THRESHOLD_BIAS: tl.constexpr,
     ALIGNED: tl.constexpr,
     E: tl.constexpr,
+    ALL: tl.constexpr,
     R: tl.constexpr,
     EP: tl.constexpr,
     SIGMOID: tl.constexpr,
@@ -102,8 +103,9 @@ def rows_route_shrink(
     token = row * S
     route_shrink(
         x_ptr + token * IN, a_ptr, router_ptr, threshold_row_ptr, router_bias_ptr, threshold_bias_ptr, None,
-        h_ptr + token * R, logits_ptr + token * E, threshold_logit_ptr + token, weights_ptr + token * E, S, IN,
-        temperature, top_p, threshold, max_threshold, E, R, EP, SIGMOID, SELECTION, K, MINUS, RENORM, BM, BN, BK, UP,
+        h_ptr + token * R, logits_ptr + token * E, threshold_logit_ptr + token, weights_ptr + token * ALL, S, IN,
+        temperature, top_p, threshold, max_threshold, E, ALL, R, EP, SIGMOID, SELECTION, K, MINUS, RENORM, BM, BN, BK,
+        UP,
     )  # fmt: skip
 
 
@@ -119,7 +121,7 @@ def rows_expand_add(
     OUT,
     adapters,
     ALIGNED: tl.constexpr,
-    E: tl.constexpr,
+    ALL: tl.constexpr,
     R: tl.constexpr,
     RANK: tl.constexpr,
     SKIP: tl.constexpr,
@@ -141,12 +143,12 @@ def rows_expand_add(
         y_ptr,
         y_ptr,
         h_ptr + token * R,
-        weights_ptr + token * E,
+        weights_ptr + token * ALL,
         b_ptr,
         S,
         OUT,
         scale,
-        E,
+        ALL,
         R,
         RANK,
         SKIP,
@@ -164,7 +166,7 @@ def _check(x: Tensor, y: Tensor, adapters: Sequence[AdapterParts], choices: Choi
         MoloraError: If dtypes differ, only some have a bias, or a matrix is not contiguous.
     """
     first, kinds = adapters[0], set()
-    check_equal_ranks(first.a, first.router)
+    check_equal_ranks(first.a, first.router, choices)
     for one in adapters:
         level = (one.threshold_row, one.threshold_bias) if choices.adaptive else ()
         parts = (one.router, one.router_bias, *level)
@@ -218,9 +220,10 @@ def launch(x: Tensor, y: Tensor, index: Tensor, known: Table, one: AdapterParts,
     """
     (rows, tokens, width), out, adapters = x.shape, y.shape[2], known.scales.numel()
     experts, ranks = one.router.shape[0], one.a.shape[0]
+    bank = experts + choices.shared_experts
     h = x.new_empty(rows * tokens, ranks)
     logits = x.new_empty(rows * tokens, experts, dtype=torch.float32)
-    weights, level = torch.empty_like(logits), logits.new_empty(rows * tokens if choices.adaptive else 1)
+    weights, level = logits.new_empty(rows * tokens, bank), logits.new_empty(rows * tokens if choices.adaptive else 1)
     tile = shrink_tile(x.device, x.dtype, tokens, experts, ranks, padded_experts(experts, choices))
     rows_route_shrink[triton.cdiv(ranks, tile.BN), triton.cdiv(tokens, tile.BM), rows](
         x, index, known.addresses, h, logits, level, weights, tokens, width, adapters, choices.temperature,
@@ -230,5 +233,5 @@ def launch(x: Tensor, y: Tensor, index: Tensor, known: Table, one: AdapterParts,
     tile = expand_tile(x.device, x.dtype, tokens, ranks)
     rows_expand_add[triton.cdiv(out, tile.BN), triton.cdiv(tokens, tile.BM), rows](
         y, index, known.addresses, known.scales, h, weights, tokens, out, adapters, ALIGNED=known.aligned,
-        **expand_constants(experts, ranks, tokens <= FEW_TOKENS, tile), **tile.options,
+        **expand_constants(bank, ranks, tokens <= FEW_TOKENS, tile), **tile.options,
     )  # fmt: skip

@@ -15,7 +15,7 @@ from molora.kernels.triton.few_tokens import few_constants, options, rows_partia
 from molora.kernels.triton.multi_adapter import rows_expand_add, rows_route_shrink
 from molora.kernels.triton.pointers import routed_constants
 from molora.kernels.triton.route_shrink import shrink_constants
-from molora.kernels.triton.specimens import MODES, SIZES, TYPES, Specimen
+from molora.kernels.triton.specimens import MODES, SHARED, SIZES, TYPES, Specimen
 from molora.kernels.triton.tiles import expand_table, shrink_table
 
 WIDTH = 4096
@@ -39,6 +39,7 @@ def specimens(kind: str = "ampere") -> list[Specimen]:
     found += _of_adapter(kind, "E64 r1 adaptive_threshold", 64, 1, MODES["adaptive_threshold"], torch.bfloat16)
     found += _of_adapter(kind, "E6 r3 adaptive_threshold", 6, 3, MODES["adaptive_threshold"], torch.bfloat16)
     found += _of_adapter(kind, "E8 r8 top_k", 8, 8, MODES["top_k"], torch.float32)
+    found += _of_adapter(kind, "E6 + 2 r8 top_k", 6, 8, SHARED, torch.bfloat16)
     return found
 
 
@@ -46,7 +47,8 @@ def _of_adapter(
     kind: str, name: str, experts: int, rank: int, choices: Choices, dtype: torch.dtype
 ) -> Iterator[Specimen]:
     """The launches for rows of one token and of many."""
-    ranks, name = experts * rank, f"{name} {TYPES[dtype][1:]}"
+    bank = experts + choices.shared_experts
+    ranks, name = bank * rank, f"{name} {TYPES[dtype][1:]}"
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
@@ -64,7 +66,7 @@ def _of_adapter(
     constants = routed_constants(one, choices, True) | shrink_constants(experts, ranks, choices, tile)
     yield _specimen(f"rows_route_shrink {name}", rows_route_shrink, dtype, constants, tile.num_warps, tile.num_stages)
     tile = expand_table(kind, dtype, False, ranks)
-    constants = {"ALIGNED": True, **expand_constants(experts, ranks, False, tile)}
+    constants = {"ALIGNED": True, **expand_constants(bank, ranks, False, tile)}
     yield _specimen(f"rows_expand_add {name}", rows_expand_add, dtype, constants, tile.num_warps, tile.num_stages)
     warps, stages = options(kind)["num_warps"], options(kind)["num_stages"]
     partial, expand = few_constants(one, choices, True, SLICES, kind)

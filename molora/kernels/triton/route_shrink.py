@@ -4,7 +4,7 @@
 
 Layout: `x [T, IN]`, `a [R, IN]`, `router [E, IN]`, `threshold_row [1, IN]`, all row-major, so that tiles of A and of
 the router are contiguous along the width that is summed over. Out: `h [T, R]` in x's dtype; `logits [T, E]`,
-`threshold_logit [T, 1]` and `weights [T, E]` in fp32.
+`threshold_logit [T, 1]` and `weights [T, ALL]` in fp32, of which those of shared experts are ones.
 
 Decisions:
 - A program owns a block of tokens and all experts, so it can decide about these tokens. Ranks in excess of BN go to
@@ -100,6 +100,7 @@ def _route(
     threshold,
     max_threshold,
     E: tl.constexpr,
+    ALL: tl.constexpr,
     SIGMOID: tl.constexpr,
     SELECTION: tl.constexpr,
     K: tl.constexpr,
@@ -126,7 +127,10 @@ def _route(
     if balance_bias_ptr is not None:
         keys += tl.load(balance_bias_ptr + expert, mask=expert < E, other=0.0).to(tl.float32)[None, :]
     keep = selected_experts(keys, is_expert, level, top_p, E, SELECTION, K)
-    tl.store(weights_ptr + place, mixing_weights(p, keep, level, MINUS, RENORM), mask=mask)
+    weights_ptr += rows * ALL
+    tl.store(weights_ptr[:, None] + expert[None, :], mixing_weights(p, keep, level, MINUS, RENORM), mask=mask)
+    for shared in tl.static_range(E, ALL):
+        tl.store(weights_ptr + shared, tl.full(rows.shape, 1.0, tl.float32), mask=rows < T)
 
 
 @triton.jit
@@ -149,6 +153,7 @@ def route_shrink(
     threshold,
     max_threshold,
     E: tl.constexpr,
+    ALL: tl.constexpr,
     R: tl.constexpr,
     EP: tl.constexpr,
     SIGMOID: tl.constexpr,
@@ -198,7 +203,7 @@ def route_shrink(
         z = combine(high, middle, low, dtype)
     _route(
         z, router_bias_ptr, threshold_bias_ptr, balance_bias_ptr, logits_ptr, threshold_logit_ptr, weights_ptr, rows,
-        T, temperature, top_p, threshold, max_threshold, E, SIGMOID, SELECTION, K, MINUS, RENORM,
+        T, temperature, top_p, threshold, max_threshold, E, ALL, SIGMOID, SELECTION, K, MINUS, RENORM,
     )  # fmt: skip
 
 
@@ -213,6 +218,7 @@ def shrink_constants(experts: int, ranks: int, choices: Choices, tile: Tile) -> 
     """
     return {
         "E": experts,
+        "ALL": experts + choices.shared_experts,
         "R": ranks,
         "EP": padded_experts(experts, choices),
         "K": min(choices.top_k, experts) if choices.selection == "top_k" else 0,
@@ -234,7 +240,7 @@ def launch_route_shrink(
     balance_bias: Tensor | None,
     choices: Choices,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Hidden `[T, R]`, logits `[T, E]`, threshold logit `[T, 1]` or empty, and weights `[T, E]`. All contiguous.
+    """Hidden `[T, R]`, logits `[T, E]`, threshold logit `[T, 1]` or empty, weights `[T, ALL]`. All contiguous.
 
     Args:
         x: `[T, in]`.
@@ -248,10 +254,10 @@ def launch_route_shrink(
     """
     tokens, width = x.shape
     experts, ranks = router.shape[0], a.shape[0]
-    check_equal_ranks(a, router)
+    check_equal_ranks(a, router, choices)
     h = x.new_empty(tokens, ranks)
     logits = x.new_empty(tokens, experts, dtype=torch.float32)
-    weights = torch.empty_like(logits)
+    weights = logits.new_empty(tokens, experts + choices.shared_experts)
     threshold_logit = logits.new_empty((tokens, 1) if choices.adaptive else (0,))
     tile = shrink_tile(x.device, x.dtype, tokens, experts, ranks, padded_experts(experts, choices))
     route_shrink[triton.cdiv(ranks, tile.BN), triton.cdiv(tokens, tile.BM)](

@@ -7,7 +7,7 @@ TRITON_INTERPRET: kernels decorated for the interpreter cannot be compiled.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -79,6 +79,8 @@ MODES = {
     ),
 }
 
+SHARED = replace(MODES["top_k"], shared_experts=2)
+
 
 def specimens(kind: str = "ampere") -> list[Specimen]:
     """Every launch worth compiling, of many tokens and of few.
@@ -88,13 +90,16 @@ def specimens(kind: str = "ampere") -> list[Specimen]:
     """
     found: list[Specimen] = []
     for size, (experts, rank) in SIZES.items():
-        for mode in MODES:
-            found += _routed(kind, f"{size} {mode}", experts, rank, mode, torch.bfloat16)
+        for mode, choices in MODES.items():
+            chosen = replace(choices, top_k=4) if experts == 64 and mode == "top_k" else choices
+            found += _routed(kind, f"{size} {mode}", experts, rank, chosen, torch.bfloat16)
         found += _products(kind, size, experts, rank, torch.bfloat16)
     for mode in ("top_k", "adaptive_threshold"):
-        found += _routed(kind, f"E6 r3 {mode}", 6, 3, mode, torch.bfloat16)
-        found += _routed(kind, f"E8 r8 {mode}", 8, 8, mode, torch.float32)
-    found += _routed(kind, "E8 r8 top_k", 8, 8, "top_k", torch.float16)
+        found += _routed(kind, f"E6 r3 {mode}", 6, 3, MODES[mode], torch.bfloat16)
+        found += _routed(kind, f"E8 r8 {mode}", 8, 8, MODES[mode], torch.float32)
+    found += _routed(kind, "E8 r8 top_k", 8, 8, MODES["top_k"], torch.float16)
+    found += _routed(kind, "E6 + 2 r8 top_k", 6, 8, SHARED, torch.bfloat16)
+    found += _routed(kind, "E14 + 2 r16 top_k", 14, 16, SHARED, torch.bfloat16)
     for dtype in (torch.float16, torch.float32):
         found += _products(kind, "E8 r8", 8, 8, dtype)
     return [*found, *_served()]
@@ -114,18 +119,17 @@ def _served() -> Iterator[Specimen]:
             yield Specimen(name, route_ranks, signature, constants, *depth, divisible_by_16=aligned)
 
 
-def _routed(kind: str, name: str, experts: int, rank: int, mode: str, dtype: torch.dtype) -> Iterator[Specimen]:
+def _routed(kind: str, name: str, experts: int, rank: int, choices: Choices, dtype: torch.dtype) -> Iterator[Specimen]:
     """The kernels that know the routing choices."""
-    choices, ranks = MODES[mode], experts * rank
-    if experts == 64 and mode == "top_k":
-        choices = Choices("softmax", "top_k", renormalize=True, top_k=4)
+    bank = experts + choices.shared_experts
+    ranks = bank * rank
     absent = () if choices.adaptive else ("threshold_row_ptr", "threshold_bias_ptr", "dthreshold_ptr")
     for few in (False, True):
         text = f"{name} {TYPES[dtype][1:]}{' few' if few else ''}"
         tile = shrink_table(kind, dtype, few, ranks, padded_experts(experts, choices))
         constants = shrink_constants(experts, ranks, choices, tile)
         yield _specimen(f"route_shrink {text}", route_shrink, dtype, constants, absent, _depth(tile))
-        tile = backward_table(kind, dtype, few, experts, rank)
+        tile = backward_table(kind, dtype, few, bank, rank)
         constants = backward_constants(experts, rank, choices, tile)
         without = absent if not constants["WHOLE"] else (*absent, "partial_ptr")
         yield _specimen(f"hidden_backward {text}", hidden_backward, dtype, constants, without, _depth(tile))

@@ -40,7 +40,7 @@ def weight_gradient(
     N,
     per_slice,
     scale,
-    E: tl.constexpr,
+    ALL: tl.constexpr,
     RANK: tl.constexpr,
     M: tl.constexpr,
     STRIDE: tl.constexpr,
@@ -104,7 +104,7 @@ def weight_gradient(
         mask = (tokens < end)[None, :] & (ranks < M)[:, None]
         small = tl.load(small_ptr + tokens[None, :] * STRIDE + ranks[:, None], mask=mask, other=0.0)
         if weights_ptr is not None:
-            gates = tl.load(weights_ptr + tokens[None, :] * E + (ranks // RANK)[:, None], mask=mask, other=0.0)
+            gates = tl.load(weights_ptr + tokens[None, :] * ALL + (ranks // RANK)[:, None], mask=mask, other=0.0)
             small = narrow(small.to(tl.float32) * (scale * gates), dtype, UP)
         acc = dot(small, wide, acc, UP)
     mask = (ranks < M)[:, None] & (columns < N)[None, :]
@@ -121,14 +121,14 @@ def gradient_constants(
 
     Args:
         ranks: M.
-        experts: E.
+        experts: ALL.
         stride: Columns of `small`.
         exact: X, or zero if there is none.
         transposed: Whether the parts are laid out as B is.
         tile: Block sizes.
     """
     return {
-        "E": experts,
+        "ALL": experts,
         "RANK": ranks // experts,
         "M": ranks,
         "STRIDE": stride,
@@ -168,7 +168,7 @@ def launch_down_gradient(packed: Tensor, exact: Tensor | None, x: Tensor, ranks:
         exact: `[T, X]`, gradients of logits and threshold logit.
         x: `[T, in]`.
         ranks: R.
-        experts: E.
+        experts: ALL.
     """
     return _launch(packed, x, ranks, experts, None, exact, 1.0)
 
@@ -178,7 +178,7 @@ def launch_up_gradient(h: Tensor, weights: Tensor, gy: Tensor, scale: float) -> 
 
     Args:
         h: `[T, R]`.
-        weights: `[T, E]`.
+        weights: `[T, ALL]`.
         gy: `[T, out]`.
         scale: Factor of every expert.
     """
