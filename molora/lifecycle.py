@@ -180,8 +180,8 @@ def _check_room(config: MoLoraConfig, freeze_existing: bool) -> None:
     """Refuse new experts that fields which count experts would take for shared ones."""
     if freeze_existing and (config.shared_experts or not isinstance(config.num_experts, int)):
         raise MoloraError(
-            "freeze_existing needs the same number of experts everywhere and no shared ones; "
-            "pass freeze_existing=False."
+            "freeze_existing needs the same number of experts everywhere and no shared ones, which would go on "
+            "changing for old data too; pass freeze_existing=False, or train with shared_experts=0 what is to grow."
         )
     fewest = config.num_experts if isinstance(config.num_experts, int) else min(config.num_experts)
     known = len(config.imported_experts or ())

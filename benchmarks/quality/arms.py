@@ -27,6 +27,7 @@ MIXTURE_RATES = (7.5e-4, 1.5e-3, 3e-3)
 """For a `lora_alpha` of twice the rank, as `top2` has; a token's experts are a quarter of the rank of a LoRA."""
 
 RECOMMENDED_RATES = (3.75e-4, 7.5e-4, 1.5e-3)
+"""For the larger `lora_alpha` of the preset `recommended`."""
 
 MIXTURE = {
     "r": 8,
@@ -77,6 +78,11 @@ BUILT_IN = [
     Arm("single", {"preset": "lora"}, LORA_RATES, equal_parameters_to="top2", one_task=True),
     Arm("molora", {"preset": "recommended"}, RECOMMENDED_RATES),
     Arm(
+        "shared",
+        {"preset": "recommended", "num_experts": 6, "shared_experts": 2, "lora_alpha": 32},
+        RECOMMENDED_RATES,
+    ),
+    Arm(
         "thresholds",
         {
             "preset": "recommended",
@@ -89,8 +95,8 @@ BUILT_IN = [
         RECOMMENDED_RATES,
     ),
 ]
-"""The documented comparison. `molora` is the method that the library recommends, `thresholds` the same with as many
-experts on average, and as each token needs."""
+"""The documented comparison. `molora` is the method that the library recommends, `shared` the same with two of its
+experts for every token, `thresholds` with as many experts on average, and as each token needs."""
 
 
 def read_arms(path: Path | None) -> dict[str, Arm]:
