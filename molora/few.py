@@ -96,7 +96,7 @@ def _top_k(logits: Tensor, choices: Choices) -> tuple[Tensor, Tensor]:
 
 
 def _weights(layer: Any, name: str, x: Tensor, parts: Standard) -> Tensor:
-    """Mixing weights `[T, E]`, decided here or by the module that this one routes with."""
+    """Mixing weights `[T, E + X]`, decided here or by the module that this one routes with."""
     if parts.follows:
         call = None if layer.routing_scope is None else layer.routing_scope.current()
         weights = layer.molora_group[name].take(name, call, x.shape[:-1]).weights

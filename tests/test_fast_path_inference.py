@@ -28,15 +28,21 @@ def test_few_tokens_without_gradients_get_the_same_output(choice, tokens, monkey
 
 
 @pytest.mark.parametrize("rank", [1, 3])
-def test_one_token_of_a_large_bank_reads_its_own_experts_only(rank, monkeypatch):
+@pytest.mark.parametrize("shared", [0, 2])
+def test_one_token_of_a_large_bank_reads_its_own_experts_only(rank, shared, monkeypatch):
     monkeypatch.setattr("molora.few.SPARED_RANKS", 2)
     read = []
     multiply = torch.mv
     monkeypatch.setattr(torch, "mv", lambda matrix, x: (read.append(len(matrix)), multiply(matrix, x))[1])
-    model = adapted(r=rank, num_experts=8, **TOP_2).eval()
+    model = adapted(r=rank, num_experts=8, shared_experts=shared, **TOP_2).eval()
     with torch.no_grad():
         found = model(input_ids=IDS[:1, :1]).logits
-        assert read == [8, rank, rank] * 7 * 2  # a router, and the rows of A of two experts, for every linear
+        # A router, and the rows of A of the shared and of two other experts, for every linear.
+        assert read == [8, *([shared * rank] if shared else []), rank, rank] * 7 * 2
+        with record_routing(model) as records:
+            assert torch.equal(model(input_ids=IDS[:1, :1]).logits, found)
+        assert {record.routing.weights.shape[-1] for record in records} == {8 + shared}
+        assert all(record.routing.selected.sum() == 2 for record in records)
         monkeypatch.setattr(dispatch, "_asked", "reference")
         torch.testing.assert_close(model(input_ids=IDS[:1, :1]).logits, found, rtol=1e-9, atol=1e-11)
 
@@ -63,7 +69,7 @@ def with_four_adapters(choice):
 
 @pytest.mark.parametrize("names", MIXED)
 @pytest.mark.parametrize(
-    "choice", ["adaptive threshold", "top-k", "router with bias", "unequal ranks", "balancing bias"]
+    "choice", ["adaptive threshold", "top-k", "router with bias", "unequal ranks", "balancing bias", "shared expert"]
 )
 def test_rows_with_adapters_of_their_own_get_what_each_gives_alone(choice, names):
     model, names = with_four_adapters(choice), MIXED[names]

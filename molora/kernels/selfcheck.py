@@ -58,18 +58,18 @@ def _works(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _results(device: torch.device, dtype: torch.dtype, backend: str) -> list[Tensor]:
-    """Output and gradients of a mixture of four experts of rank 4, on 40 tokens. Touches no random state."""
-    tokens, size, out, experts, rank = 40, 64, 80, 4, 4
+    """Output and gradients of four experts of rank 4 and a shared one, on 40 tokens. Touches no random state."""
+    tokens, size, out, experts, ranks = 40, 64, 80, 4, 20
 
     def wave(rows: int, columns: int, step: float) -> Tensor:
         values = torch.arange(rows * columns, device=device, dtype=torch.float32).mul_(step).sin_()
         return values.view(rows, columns).to(dtype)
 
-    leaves = [wave(tokens, size, 0.7), wave(experts * rank, size, 1.3), wave(experts, size, 2.1)]
-    leaves.append(wave(out, experts * rank, 0.9))
+    leaves = [wave(tokens, size, 0.7), wave(ranks, size, 1.3), wave(experts, size, 2.1)]
+    leaves.append(wave(out, ranks, 0.9))
     x, down, router, up = (leaf.requires_grad_() for leaf in leaves)
     y = wave(tokens, out, 0.3)
-    choices = Choices("softmax", "top_k", renormalize=True, top_k=2, temperature=8.0)
+    choices = Choices("softmax", "top_k", renormalize=True, top_k=2, temperature=8.0, shared_experts=1)
     result = mixture(x, y, down, router, up, scale=0.5, choices=choices, backend=backend)
     grads = torch.autograd.grad(result.y, [x, down, router, up], wave(tokens, out, 1.7))
     return [result.y, *grads]

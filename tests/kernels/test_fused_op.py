@@ -52,7 +52,7 @@ def test_gradients_of_every_output_are_those_of_finite_differences(name, base_we
     assert torch.autograd.gradcheck(function, [given[key] for key in names])
 
 
-@pytest.mark.parametrize("case", [WITH_BASE, replace(ADAPTIVE, base_weight=False)])
+@pytest.mark.parametrize("case", [WITH_BASE, replace(ADAPTIVE, base_weight=False), CASES["two shared experts"]])
 def test_torch_finds_no_fault_with_the_operations(case):
     given = trained(case)
     base = given.pop("base_weight")

@@ -166,8 +166,8 @@ def gate_gradient(dw, w, p, level, temperature, SIGMOID: tl.constexpr, MINUS: tl
 
 
 def padded_experts(experts: int, choices: Choices) -> int:
-    """EP of a router tile: room for the experts and for a threshold's column, and enough for a dot."""
-    return max(16, triton.next_power_of_2(experts + choices.adaptive))
+    """EP of a router tile: room for the experts, a threshold's column and one of shared experts; enough for a dot."""
+    return max(16, triton.next_power_of_2(experts + max(choices.adaptive, choices.shared_experts > 0)))
 
 
 def packed_width(ranks: int, experts: int, choices: Choices) -> int:

@@ -210,17 +210,17 @@ def rows_route_expand(
     p = gate_values(z, is_expert, temperature, SIGMOID)
     keep = selected_experts(p, is_expert, level, top_p, E, SELECTION, K)
     weights = mixing_weights(p, keep, level, MINUS, RENORM) * scale
+    if ALL > E:
+        weights = tl.where(is_expert, weights, scale)  # EP > E, so that shared experts find theirs in the padding
 
     acc = tl.zeros((BM, BN), tl.float32)
     for first in range(0, R, BK):
         columns = first + column
-        # Padding takes the gate of any expert, and its hidden is zero.
+        # Shared experts and padding take the gate of the last column; the hidden of padding is zero.
         RANK: tl.constexpr = R // ALL
         # A division by multiplication, exact below 2**20 / RANK: AMD's compiler of Triton 3.9 dies of one by 3.
         of = (columns * ((1 << 20) // RANK + 1)) >> 20 if RANK & (RANK - 1) else columns // RANK
         gates = tl.gather(weights, tl.broadcast_to(tl.minimum(of, EP - 1)[None, :], (BM, BK)), 1)
-        if ALL > E:
-            gates = tl.where((of < E)[None, :], gates, scale)
         there = columns < R
         if WHOLE:
             h = _summed(parts_ptr, place + columns[None, :], here & there[None, :], stride, SLICES)

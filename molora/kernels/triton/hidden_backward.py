@@ -71,9 +71,9 @@ def _store_gate_gradient(
     RENORM: tl.constexpr,
     UP: tl.constexpr,
 ):
-    """From the experts' part of dw `[BM, EP]` to dz and dt, stored twice: packed and exact.
+    """From the experts' part of dw and from w `[BM, EP]` to dz and dt, stored twice: packed and exact.
 
-    `w` is zero for shared experts: their weights depend on nothing.
+    Both are zero for shared experts, whose weights depend on nothing.
     """
     X: tl.constexpr = E + 1 if SELECTION == ADAPTIVE else E
     expert = tl.arange(0, dw.shape[1])
@@ -174,6 +174,7 @@ def hidden_backward(
     place = rows[:, None] * ALL + expert[None, :]
     if WHOLE:
         w = tl.load(weights_ptr + place, mask=here & (expert < E)[None, :], other=0.0)
+        dw = tl.where((expert < E)[None, :], dw, 0.0)
         _store_gate_gradient(
             dw, w, logits_ptr, threshold_logit_ptr, dlogits_ptr, dthreshold_ptr, dweights_ptr, packed_ptr,
             exact_ptr, rows, T, temperature, threshold, max_threshold, E, ALL, R, WIDTH, SIGMOID, SELECTION, MINUS,

@@ -39,7 +39,8 @@ def specimens(kind: str = "ampere") -> list[Specimen]:
     found += _of_adapter(kind, "E64 r1 adaptive_threshold", 64, 1, MODES["adaptive_threshold"], torch.bfloat16)
     found += _of_adapter(kind, "E6 r3 adaptive_threshold", 6, 3, MODES["adaptive_threshold"], torch.bfloat16)
     found += _of_adapter(kind, "E8 r8 top_k", 8, 8, MODES["top_k"], torch.float32)
-    found += _of_adapter(kind, "E6 + 2 r8 top_k", 6, 8, SHARED, torch.bfloat16)
+    for experts, rank in ((6, 8), (6, 16), (14, 16)):
+        found += _of_adapter(kind, f"E{experts} + 2 r{rank} top_k", experts, rank, SHARED, torch.bfloat16)
     return found
 
 

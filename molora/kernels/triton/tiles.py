@@ -118,7 +118,7 @@ def expand_table(kind: str, dtype: torch.dtype, few: bool, ranks: int) -> Tile:
 
 
 def backward_tile(device: torch.device, dtype: torch.dtype, tokens: int, experts: int, rank: int) -> Tile:
-    """Blocks of `hidden_backward`; BN is the padded ranks of all experts or of a group of them; see `shrink_tile`."""
+    """Blocks of `hidden_backward`; BN is the padded ranks of all experts, shared ones too, or of a group of them."""
     return backward_table(device_class(device), dtype, tokens <= FEW_TOKENS, experts, rank)
 
 
