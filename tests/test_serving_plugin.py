@@ -472,6 +472,7 @@ def test_two_processes_that_share_a_linear_answer_as_one(name, vllm, plugin, ada
                 layer.set_lora = divided(layer, number * size, size)
             if not engine.ids:
                 engine.load(adapters(name)[0])
+        parts.clear()  # of threads that ended, whose numbers new ones need not have
         threads = [threading.Thread(target=run, args=(number,)) for number in range(2)]
         for thread in threads:
             thread.start()
