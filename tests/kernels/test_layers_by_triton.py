@@ -68,7 +68,7 @@ def test_outputs_decisions_and_gradients_are_those_of_the_plain_way(choice, monk
     plain = results(model, "reference", monkeypatch)
     assert not fused
     fast = results(model, "triton", monkeypatch)
-    assert len(fused) == (2 if "router per input" in choice else 3)  # k follows q's decision
+    assert len(fused) == (2 if "router_sharing" in CHOICES[choice] else 3)  # k follows q's decision
     assert fast.keys() == plain.keys()
     for name, expected in plain.items():
         torch.testing.assert_close(fast[name], expected, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
