@@ -61,7 +61,7 @@ def _reads_few(layer: Any, name: str, parts: Standard, x: Tensor) -> bool:
     if choices.selection != "top_k" or choices.top_k > FEW_EXPERTS or x.device.type != "cpu":
         return False
     simple = choices.gate == "softmax" and choices.renormalize and not choices.minus_threshold
-    experts, ranks = parts.router.weight.shape[0] + choices.shared_experts, parts.down.shape[0]
+    experts, ranks = choices.bank(parts.router.weight.shape[0]), parts.down.shape[0]
     spared = ranks - (choices.top_k + choices.shared_experts) * (ranks // experts)
     return simple and spared >= SPARED_RANKS and parts.bias is None and name not in layer.molora_group
 
@@ -77,7 +77,7 @@ def _of_own_experts(layer: Any, name: str, x: Tensor, y: Tensor, parts: Standard
     if layer.routing_recorder is not None:
         dense = torch.zeros_like(logits).scatter_(0, experts, weights)
         hand_on(layer, name, x, logits, with_shared(dense, parts.choices.shared_experts, "one"), None)
-    rank = down.shape[0] // (rows.shape[0] + parts.choices.shared_experts)
+    rank = down.shape[0] // parts.choices.bank(rows.shape[0])
     if parts.choices.shared_experts:
         first = rows.shape[0] * rank
         y = torch.addmv(y, up[:, first:], torch.mv(down[first:], token), alpha=parts.scale)
@@ -96,7 +96,7 @@ def _top_k(logits: Tensor, choices: Choices) -> tuple[Tensor, Tensor]:
 
 
 def _weights(layer: Any, name: str, x: Tensor, parts: Standard) -> Tensor:
-    """Mixing weights `[T, E + X]`, decided here or by the module that this one routes with."""
+    """Mixing weights `[T, ALL]`, decided here or by the module that this one routes with."""
     if parts.follows:
         call = None if layer.routing_scope is None else layer.routing_scope.current()
         weights = layer.molora_group[name].take(name, call, x.shape[:-1]).weights

@@ -27,7 +27,7 @@ class Choices:
         top_p: Share of the total that `top_p` reaches.
         threshold: The level of all selections but `adaptive_threshold`.
         max_threshold: The level of `adaptive_threshold` is at most this.
-        shared_experts: X, experts behind the routed ones that count fully for every token.
+        shared_experts: Experts behind the routed ones that count fully for every token.
     """
 
     gate: str
@@ -57,6 +57,10 @@ class Choices:
     def adaptive(self) -> bool:
         """Whether the level is read from each token."""
         return self.selection == "adaptive_threshold"
+
+    def bank(self, routed: int) -> int:
+        """ALL, the experts of a bank in which E are routed."""
+        return routed + self.shared_experts
 
 
 def check_call(given: dict[str, Tensor | None], choices: Choices, backend: str) -> None:
@@ -88,7 +92,7 @@ def check_call(given: dict[str, Tensor | None], choices: Choices, backend: str) 
                 f"{name} of the fused operation has shape {list(tensor.shape)}; x {list(x.shape)}, {ranks} rows of a, "
                 f"{experts} of the router and {out} of b ask for {list(shape)}."
             )
-    bank = experts + choices.shared_experts
+    bank = choices.bank(experts)
     if ranks % bank:
         raise MoloraError(
             f"a has {ranks} rows for {bank} experts; the fused operation needs experts of equal rank. Use the "

@@ -33,7 +33,7 @@ class Mixture(NamedTuple):
         y: `[T, out]`.
         logits: `[T, E]`.
         threshold_logit: `[T, 1]`, or empty without a learned threshold.
-        weights: `[T, E + X]`; not zero exactly where an expert was selected, and 1 for shared ones.
+        weights: `[T, ALL]`; not zero exactly where an expert was selected, and 1 for shared ones.
     """
 
     y: Tensor
@@ -176,7 +176,7 @@ def _(*given: Any) -> tuple[Tensor, ...]:
     exact = torch.promote_types(x.dtype, torch.float32)
     logits = x.new_empty(x.shape[0], router.shape[0], dtype=exact)
     threshold_logit = logits.new_empty(*((0,) if threshold_row is None else (x.shape[0], 1)))
-    weights = logits.new_empty(x.shape[0], router.shape[0] + _static(given[10:])[1].shared_experts)
+    weights = logits.new_empty(x.shape[0], _static(given[10:])[1].bank(router.shape[0]))
     return y.new_empty(y.shape), logits, threshold_logit, weights, x.new_empty(x.shape[0], a.shape[0])
 
 

@@ -1,6 +1,6 @@
 """The fused operation in plain torch, forward and backward by hand: the kernels' twin, and what runs on CPUs.
 
-Forward, with `[T, ...]` tokens, E routed and X shared experts of equal rank r and R = (E + X)·r:
+Forward, with `[T, ...]` tokens, ALL experts of equal rank r, E of them routed and the last shared, R = ALL·r:
 
     h = x Aᵀ        z = x Wᵀ + bias        t = x vᵀ + bias (adaptive threshold)
     p = gate(z / temperature)              level = max_threshold · sigmoid(t), or a number
@@ -42,7 +42,7 @@ class Forward(NamedTuple):
         h: The hidden before the gate, `[T, R]`, in x's dtype.
         logits: `[T, E]`.
         threshold_logit: `[T, 1]`, or empty.
-        weights: `[T, E + X]`.
+        weights: `[T, ALL]`.
     """
 
     y: Tensor
@@ -134,7 +134,7 @@ def mixture_forward(
 
 
 def mixing_weights(logits: Tensor, threshold_logit: Tensor, balance_bias: Tensor | None, choices: Choices) -> Tensor:
-    """Turn logits into mixing weights, `[T, E + X]`.
+    """Turn logits into mixing weights, `[T, ALL]`.
 
     Args:
         logits: `[T, E]` in fp32 or fp64.
@@ -170,7 +170,7 @@ def mixture_backward(
         gy: Gradient of `y'`, `[T, out]`.
         dlogits: Gradient of the logits that comes from elsewhere, `[T, E]`.
         dthreshold: Likewise of the threshold logit, `[T, 1]`.
-        dweights: Likewise of the weights, `[T, E + X]`.
+        dweights: Likewise of the weights, `[T, ALL]`.
         scale: As in the forward pass.
         choices: As in the forward pass.
         needs: Which gradients to compute.
@@ -199,7 +199,7 @@ def mixture_backward(
 def routing_backward(
     dw: Tensor, saved: Saved, dlogits: Tensor | None, dthreshold: Tensor | None, choices: Choices
 ) -> Tensor:
-    """Gradient of logits and threshold logit, `[T, E]` or `[T, E + 1]`, from that of the weights `[T, E + X]`."""
+    """Gradient of logits and threshold logit, `[T, E]` or `[T, E + 1]`, from that of the weights `[T, ALL]`."""
     routed = saved.logits.shape[-1]
     dw, weights, p = dw[:, :routed], saved.weights[:, :routed], _gate(saved.logits, choices)
     level, kept = _level(saved.threshold_logit, choices), weights != 0

@@ -214,6 +214,6 @@ def check_equal_ranks(a: torch.Tensor, router: torch.Tensor, choices: Choices) -
     Raises:
         ValueError: If the ranks are no multiple of the experts.
     """
-    experts, ranks = router.shape[0] + choices.shared_experts, a.shape[0]
+    experts, ranks = choices.bank(router.shape[0]), a.shape[0]
     if ranks % experts:
         raise ValueError(f"{ranks} rows of A for {experts} experts; the kernels need experts of equal rank.")

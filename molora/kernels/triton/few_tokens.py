@@ -277,7 +277,7 @@ def few_constants(
     first, second = blocks(kind, one.a.dtype, ranks, padded_experts(experts, choices))
     routed, routing = routed_constants(one, choices, aligned), routing_constants(choices)
     sizes = {"E": experts, "R": ranks, "EP": padded_experts(experts, choices), "UP": INTERPRETED}
-    bank = {"ALL": experts + choices.shared_experts}
+    bank = {"ALL": choices.bank(experts)}
     kept = min(choices.top_k, experts) if choices.selection == "top_k" else 0
     partial = {"ROUTED_BY": routed["ROUTED_BY"], "ALIGNED": aligned, "SELECTION": routing["SELECTION"]}
     expand = {**routed, **routing, **sizes, **bank, **second, "SLICES": slices, "K": kept}

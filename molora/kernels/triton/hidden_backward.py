@@ -234,7 +234,7 @@ def backward_constants(experts: int, rank: int, choices: Choices, tile: Tile) ->
         tile: Block sizes; BN is GROUP·RP.
     """
     rank_block = min(triton.next_power_of_2(rank), tile.BN)
-    group, bank = tile.BN // rank_block, experts + choices.shared_experts
+    group, bank = tile.BN // rank_block, choices.bank(experts)
     return {
         "E": experts,
         "ALL": bank,

@@ -220,7 +220,7 @@ def launch(x: Tensor, y: Tensor, index: Tensor, known: Table, one: AdapterParts,
     """
     (rows, tokens, width), out, adapters = x.shape, y.shape[2], known.scales.numel()
     experts, ranks = one.router.shape[0], one.a.shape[0]
-    bank = experts + choices.shared_experts
+    bank = choices.bank(experts)
     h = x.new_empty(rows * tokens, ranks)
     logits = x.new_empty(rows * tokens, experts, dtype=torch.float32)
     weights, level = logits.new_empty(rows * tokens, bank), logits.new_empty(rows * tokens if choices.adaptive else 1)

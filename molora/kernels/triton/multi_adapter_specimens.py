@@ -48,7 +48,7 @@ def _of_adapter(
     kind: str, name: str, experts: int, rank: int, choices: Choices, dtype: torch.dtype
 ) -> Iterator[Specimen]:
     """The launches for rows of one token and of many."""
-    bank = experts + choices.shared_experts
+    bank = choices.bank(experts)
     ranks, name = bank * rank, f"{name} {TYPES[dtype][1:]}"
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

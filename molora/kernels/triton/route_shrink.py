@@ -218,7 +218,7 @@ def shrink_constants(experts: int, ranks: int, choices: Choices, tile: Tile) -> 
     """
     return {
         "E": experts,
-        "ALL": experts + choices.shared_experts,
+        "ALL": choices.bank(experts),
         "R": ranks,
         "EP": padded_experts(experts, choices),
         "K": min(choices.top_k, experts) if choices.selection == "top_k" else 0,
@@ -257,7 +257,7 @@ def launch_route_shrink(
     check_equal_ranks(a, router, choices)
     h = x.new_empty(tokens, ranks)
     logits = x.new_empty(tokens, experts, dtype=torch.float32)
-    weights = logits.new_empty(tokens, experts + choices.shared_experts)
+    weights = logits.new_empty(tokens, choices.bank(experts))
     threshold_logit = logits.new_empty((tokens, 1) if choices.adaptive else (0,))
     tile = shrink_tile(x.device, x.dtype, tokens, experts, ranks, padded_experts(experts, choices))
     route_shrink[triton.cdiv(ranks, tile.BN), triton.cdiv(tokens, tile.BM)](

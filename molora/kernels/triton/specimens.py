@@ -121,7 +121,7 @@ def _served() -> Iterator[Specimen]:
 
 def _routed(kind: str, name: str, experts: int, rank: int, choices: Choices, dtype: torch.dtype) -> Iterator[Specimen]:
     """The kernels that know the routing choices."""
-    bank = experts + choices.shared_experts
+    bank = choices.bank(experts)
     ranks = bank * rank
     absent = () if choices.adaptive else ("threshold_row_ptr", "threshold_bias_ptr", "dthreshold_ptr")
     for few in (False, True):
