@@ -1,6 +1,6 @@
-"""Two processes under FSDP with PEFT's own wrap policy: output as unsharded, and gradients. Run by `test_peft.py`.
+"""Two processes under FSDP with PEFT's own wrap policy: output as unsharded, and gradients.
 
-python fsdp_worker.py PRESET STORE
+Run by `test_peft_use.py`: python fsdp_worker.py PRESET STORE
 """
 
 import os

@@ -50,7 +50,7 @@ NOT_RUN = {
     ("README.md", "molora train run.yaml --num_processes"): PROCESSES,
     ("docs/many_processes.md", "molora train run.yaml --num_processes"): PROCESSES,
     ("README.md", "molora train run.yaml --load_in_4bit"): "needs bitsandbytes: `make test-quantization`",
-    ("README.md", "molora export runs/quickstart gguf"): "needs the base's own GGUF file: tests/test_export_gguf.py",
+    ("README.md", "molora export runs/quickstart gguf"): "needs the base's GGUF file: tests/test_export_gguf_files.py",
 }
 """Page and beginning of a command or of a block of Python: read and parsed, but not run, and why."""
 
