@@ -49,6 +49,8 @@ METHODS = {
         "config": MoLoraConfig.from_preset(
             "recommended",
             num_experts=GROWTH,
+            shared_experts=0,  # they would change for old prompts too
+            lora_alpha=64,
             router_level="sequence",
             freeze_router=True,
             balance_bias_rate=None,

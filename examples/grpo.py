@@ -83,7 +83,10 @@ shown = [
 ]
 
 model, tokenizer = load_base(arguments.model_name_or_path, dtype="float32")
-config = MoLoraConfig.from_preset("recommended", target_modules="all-linear", task_type="CAUSAL_LM")
+# No expert is shared: with shared ones, which learn from every token, so few steps made nearly all answers "+".
+config = MoLoraConfig.from_preset(
+    "recommended", num_experts=8, shared_experts=0, lora_alpha=64, target_modules="all-linear", task_type="CAUSAL_LM"
+)
 model = get_peft_model(model, config)
 model.print_trainable_parameters()
 common = {

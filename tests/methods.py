@@ -17,7 +17,7 @@ from molora.calibration import calibrate_routers, needs_calibration
 
 UNEQUAL = {"num_experts": 4, "r": [2, 3, 1, 4]}
 SETTINGS = {
-    "recommended": {"num_experts": 4, "r": 3},
+    "recommended": {"num_experts": 4, "r": 2},
     "adamole": {"num_experts": 4, "max_threshold": 0.24},
     "mole": {"num_experts": 4},
     "loramoe": {},

@@ -194,6 +194,21 @@ def test_empty_selection_gives_the_base_output():
     torch.testing.assert_close(REFERENCES["adamoe"](state, x, base, hyper, inputs), base(x))
 
 
+def test_the_last_two_experts_of_recommended_are_shared():
+    state, x, base, hyper, inputs = case("recommended")
+    hyper.ranks, hyper.scales = [2] * 5, [1.5] * 5
+    wider = {**state, "molora_A.weight": normal(10, D), "molora_B.weight": normal(6, 10)}
+    routed = {
+        **wider,
+        "molora_A.weight": wider["molora_A.weight"][:6],
+        "molora_B.weight": wider["molora_B.weight"][:, :6],
+    }
+    found = REFERENCES["recommended"](wider, x, base, hyper, inputs)
+    shared = 1.5 * x @ wider["molora_A.weight"][6:].T @ wider["molora_B.weight"][:, 6:].T
+    hyper.ranks, hyper.scales = [2] * 3, [1.5] * 3
+    torch.testing.assert_close(found, REFERENCES["recommended"](routed, x, base, hyper, inputs) + shared)
+
+
 def test_mocle_weighs_the_universal_expert_with_the_rest():
     state, x, base, hyper, inputs = case("mocle", temperature=None)
     tasks = state["molora_router.embedding"][inputs["task_ids"]]

@@ -22,7 +22,10 @@ from molora.loaded import load_any, read_any_config
 from molora.slim import slim_adapter
 
 UNUSED = 1
-"""The expert that no token selects."""
+"""The routed expert, of four, that no token selects."""
+
+SHARED = [4, 5]
+"""Experts that every token uses, behind the routed ones."""
 
 
 @pytest.fixture(scope="module")
@@ -63,11 +66,11 @@ def routed(base, folder):
 EXACT = {
     "prune unused experts": ({"below": 0.0, "calibrate": True}, [0, 1, 2, 3]),
     "drop an unused expert": ({"drop": [UNUSED]}, [0, 2, 3]),
-    "re-rank to the same rank": ({"rank": 3}, [0, 1, 2, 3]),
+    "re-rank to the same rank": ({"rank": 2}, [0, 1, 2, 3]),
     "prune ranks that add nothing": ({"keep_energy": 1.0, "calibrate": True}, [0, 1, 2, 3]),
     "merge nothing": ({"merge_to": 4}, [0, 1, 2, 3]),
 }
-"""Options of `molora prune` that change nothing for an adapter like these, and the experts that are left."""
+"""Options of `molora prune` that change nothing for an adapter like these, and the routed experts left."""
 
 
 OF_EVERY_KIND = ("prune unused experts", "drop an unused expert")
@@ -86,7 +89,7 @@ def test_what_pruning_leaves_is_routed_as_before(tool, adapter, root, tmp_path):
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
     for layer, weights in weights_before.items():
         assert not weights[..., UNUSED].any()
-        torch.testing.assert_close(weights_after[layer], weights[..., left], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(weights_after[layer], weights[..., [*left, *SHARED]], rtol=1e-4, atol=1e-5)
     if "below" in options:
         assert all(change.removed == [UNUSED] for change in result.slim.modules.values())
         assert result.slim.exact
@@ -124,7 +127,8 @@ def test_a_confidence_that_fewer_experts_cannot_have_is_left_out(options, tmp_pa
 def test_exported_experts_and_their_gate_are_the_whole_mixture(adapter, root, tmp_path):
     export_adapter(root / adapter, tmp_path / "out", target="experts")
     gate = load_file(tmp_path / "out" / GATE_FILE)
-    experts = [load_file(tmp_path / "out" / f"expert_{index}" / "adapter_model.safetensors") for index in range(4)]
+    folders = [*(f"expert_{index}" for index in range(4)), "shared_expert_0", "shared_expert_1"]
+    experts = [load_file(tmp_path / "out" / folder / "adapter_model.safetensors") for folder in folders]
     scale = PeftConfig.from_pretrained(tmp_path / "out/expert_0")
     scale = scale.lora_alpha / scale.r
     model = PeftModel.from_pretrained(tiny.tiny_llama(), root / adapter).eval()
@@ -139,7 +143,7 @@ def test_exported_experts_and_their_gate_are_the_whole_mixture(adapter, root, tm
         p = (z @ router["weight"].T + router["bias"]).softmax(-1)
         best = (p + gate[f"{holder}.molora_bias.weight"]).topk(2).indices
         kept = torch.zeros_like(p).scatter(-1, best, p.gather(-1, best))
-        weights = kept / kept.sum(-1, keepdim=True)
+        weights = torch.cat([kept / kept.sum(-1, keepdim=True), torch.ones(*p.shape[:-1], len(SHARED))], dim=-1)
         deltas = [notes.x @ e[f"{name}.lora_A.weight"].T @ e[f"{name}.lora_B.weight"].T * scale for e in experts]
         expected = notes.base + sum(weights[..., [index]] * delta for index, delta in enumerate(deltas))
         torch.testing.assert_close(notes.y, expected, rtol=1e-4, atol=1e-5)

@@ -40,6 +40,9 @@ MIXTURE = {
     "routing_losses": {"load_balancing": 0.01},
 }
 
+ALL_ROUTED = {"num_experts": 8, "shared_experts": 0, "lora_alpha": 64}
+"""Of as many experts, none is shared."""
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -77,15 +80,12 @@ BUILT_IN = [
     ),
     Arm("single", {"preset": "lora"}, LORA_RATES, equal_parameters_to="top2", one_task=True),
     Arm("molora", {"preset": "recommended"}, RECOMMENDED_RATES),
-    Arm(
-        "shared",
-        {"preset": "recommended", "num_experts": 6, "shared_experts": 2, "lora_alpha": 32},
-        RECOMMENDED_RATES,
-    ),
+    Arm("routed", {"preset": "recommended", **ALL_ROUTED}, RECOMMENDED_RATES),
     Arm(
         "thresholds",
         {
             "preset": "recommended",
+            **ALL_ROUTED,
             "selection": "adaptive_threshold",
             "top_k": None,
             "experts_per_token": 2.0,
@@ -95,8 +95,8 @@ BUILT_IN = [
         RECOMMENDED_RATES,
     ),
 ]
-"""The documented comparison. `molora` is the method that the library recommends, `shared` the same with two of its
-experts for every token, `thresholds` with as many experts on average, and as each token needs."""
+"""The documented comparison. `molora` is the method that the library recommends, `routed` the same without shared
+experts, `thresholds` that one with two experts on average, and as each token needs."""
 
 
 def read_arms(path: Path | None) -> dict[str, Arm]:

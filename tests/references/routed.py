@@ -43,14 +43,18 @@ def softmax_top_k(state, x, base, hyper, inputs, *, k, renormalise):
 
 
 def recommended(state, x, base, hyper, inputs):
-    """The library's own: `p = softmax(W (h - μ) / σ + b)`, top-2 of `p + β`, weights `p_i / Σ_selected p`."""
+    """The library's own: `p = softmax(W (h - μ) / σ + b)`, top-2 of `p + β`, weights `p_i / Σ_selected p`.
+
+    Experts without a row in W, the last of the bank, are shared: their weight is one.
+    """
     mean, deviation = needed(state, "molora_router.input_mean"), needed(state, "molora_router.input_std")
     balance = needed(state, "molora_bias.weight")
 
     def weigh(b, t):
         normalised = (decision_at(x, inputs, b, t) - mean) / deviation
         probabilities = softmax(linear_logits(state, hyper, normalised))
-        return renormalised(keep(probabilities, top_k(probabilities + balance, setting(hyper, "top_k", 2))))
+        routed = renormalised(keep(probabilities, top_k(probabilities + balance, setting(hyper, "top_k", 2))))
+        return torch.cat([routed, torch.ones(len(hyper.ranks) - len(routed), dtype=routed.dtype)])
 
     return mixture(state, x, base, hyper, weigh)
 
