@@ -2,8 +2,7 @@
 
     python examples/dpo.py
 
-It took 6 minutes of one CPU core, on a machine that did other work. One run, one seed, 16 held-out pairs a task, so
-that the standard errors it prints are large; of its output:
+One run, one seed, 16 held-out pairs a task, so that the standard errors it prints are large; of its output:
 
     right answer likelier    before   after
     arithmetic                0.438   0.812

@@ -3,8 +3,8 @@
     python examples/to_llama_cpp.py
     python examples/to_llama_cpp.py --adapter DIR
 
-Without an adapter it trains a small one. One run with one seed, on 4 rows that nothing was fitted to; 2.2 minutes
-of one core of an AMD EPYC without AVX-512, most of it for the two exports:
+Without an adapter it trains a small one. One run with one seed, on 4 rows that nothing was fitted to; most of its time
+goes into the two exports:
 
                   perplexity  KL to routed  output error
     base              8.7092        1.1316             -
