@@ -34,26 +34,38 @@ from molora.kernels.multi_adapter import mixed_rows
 from molora.routing.route import RoutingSpec, route
 
 SCALE = 0.5
-REFERENCE, AGAIN = "LoRA r=k*r", "LoRA r=k*r again"
+REFERENCE, AGAIN, WHOLE = "LoRA, active rank", "LoRA, active rank again", "LoRA, total rank"
 Step = Callable[..., Any]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One shape: E experts of rank r, of which k are used, for T tokens."""
+    """One shape: E experts of rank r, of which k are used, for T tokens, and shared ones that are always used."""
 
     experts: int
     rank: int
     top_k: int
     tokens: int
+    shared: int = 0
 
     @property
     def name(self) -> str:
-        return f"E{self.experts} r{self.rank} k{self.top_k} T{self.tokens}"
+        shared = f"+{self.shared}" if self.shared else ""
+        return f"E{self.experts}{shared} r{self.rank} k{self.top_k} T{self.tokens}"
+
+    @property
+    def active_rank(self) -> int:
+        """Rank that one token uses."""
+        return (self.top_k + self.shared) * self.rank
+
+    @property
+    def total_rank(self) -> int:
+        """Rank of all experts."""
+        return (self.experts + self.shared) * self.rank
 
     @property
     def choices(self) -> Choices:
-        return Choices("softmax", "top_k", renormalize=True, top_k=self.top_k)
+        return Choices("softmax", "top_k", renormalize=True, top_k=self.top_k, shared_experts=self.shared)
 
 
 @dataclass
@@ -75,13 +87,13 @@ class Layer:
         def normal(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
             return (torch.randn(*shape, device=device) / shape[-1] ** 0.5).to(dtype)
 
-        ranks = case.experts * case.rank
+        ranks = case.total_rank
         x = torch.randn(case.tokens, width, device=device).to(dtype)
         router = normal(case.experts, width, dtype=torch.float32)
         if case.top_k < case.experts:
             # A tie that falls differently in fp64 is no error of a kernel.
             best = (x.double() @ router.double().T).topk(case.top_k + 1).values
-            clear = (best[:, -2] - best[:, -1]).sort(descending=True).indices[: max(1, case.tokens // 2)]
+            clear = (best[:, -2] - best[:, -1]).sort(descending=True).indices[: (case.tokens + 1) // 2]
             x = x[clear].repeat(2, 1)[: case.tokens]
         leaves = [x, normal(ranks, width), router, normal(width, ranks)]
         x, a, router, b = (leaf.contiguous().requires_grad_() for leaf in leaves)
@@ -111,7 +123,8 @@ class Layer:
         leaves = (self.x, self.a, self.router, self.b)
         x, a, router, b = (leaf.detach().to(kinds.get(leaf, dtype)).requires_grad_() for leaf in leaves)
         spec = RoutingSpec("softmax", "top_k", "probability", True, 1.0, self.case.top_k, 0.0, 0.0, 0.0)
-        gates = SCALE * route(x.to(exact) @ router.T, spec).weights.repeat_interleave(self.case.rank, 1)
+        weights = F.pad(route(x.to(exact) @ router.T, spec).weights, (0, self.case.shared), value=1.0)
+        gates = SCALE * weights.repeat_interleave(self.case.rank, 1)
         y = x @ self.weight.to(dtype).T + ((x @ a.T) * gates.to(dtype)) @ b.T
         return [y, *torch.autograd.grad(y, (x, a, router, b), self.gradient.to(dtype))]
 
@@ -235,7 +248,7 @@ def disagreements(layer: Layer, step: Step) -> list[str]:
 def one_mixture(case: Case, arguments: argparse.Namespace, clock: Clock) -> list[dict[str, Any]]:
     """Tables of one case: forward, forward and backward."""
     layer = Layer.random(case, arguments.width, getattr(torch, arguments.dtype), arguments.device)
-    equal, total = case.top_k * case.rank, case.experts * case.rank
+    equal, total = case.active_rank, case.total_rank
     mixtures = {f"mixture, {name}": layer.mixture(name) for name in arguments.backends}
     for name, step in mixtures.items():
         wrong = disagreements(layer, step)
@@ -245,7 +258,7 @@ def one_mixture(case: Case, arguments: argparse.Namespace, clock: Clock) -> list
         "frozen weight": layer.base(),
         REFERENCE: layer.lora(equal),
         AGAIN: layer.lora(equal),
-        "LoRA r=E*r": layer.lora(total),
+        WHOLE: layer.lora(total),
         **mixtures,
     }
     tables = []
@@ -302,7 +315,12 @@ def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 512, 8192])
-    parser.add_argument("--shapes", nargs="+", default=["8,8,2", "8,16,2", "16,16,2", "64,1,4"], help="E,r,k")
+    parser.add_argument(
+        "--shapes",
+        nargs="+",
+        default=["8,8,2", "8,16,2", "16,16,2", "64,1,4", "6,8,2,2"],
+        help="E,r,k or E,r,k,shared",
+    )
     parser.add_argument("--row-tokens", type=int, nargs="+", default=[1, 512], help="of a batch of many adapters")
     parser.add_argument("--width", type=int, default=4096)
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
@@ -328,9 +346,9 @@ def main() -> int:
     shapes = [tuple(map(int, shape.split(","))) for shape in arguments.shapes]
     tables = []
     for run, counts in ((one_mixture, arguments.tokens), (many_adapters, arguments.row_tokens)):
-        for experts, rank, top_k in shapes:
+        for experts, rank, top_k, *shared in shapes:
             for tokens in counts:
-                for table in run(Case(experts, rank, top_k, tokens), arguments, clock):
+                for table in run(Case(experts, rank, top_k, tokens, *shared), arguments, clock):
                     show(table)
                     tables.append(table)
     if arguments.json:

@@ -15,6 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.loops import AdamoleLoop, ExpertLoop, TopKLoop, as_loop
 from molora import MoLoraConfig
+from molora.presets import preset_fields
+from molora.routing.routers.affine import Affine
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ALPHA = 16
@@ -189,9 +191,14 @@ def _molora(base: nn.Module, sizes: Sizes, fields: Callable[[Sizes], dict[str, A
 
 @torch.no_grad()
 def _drawn(model: nn.Module) -> Built:
+    """Draw B, which may be zero, and what routers know of their inputs, as if there had been data."""
     for name, parameter in model.named_parameters():
         if "molora_B" in name or "lora_B" in name:
             parameter.normal_(std=0.01)
+    for module in model.modules():
+        if isinstance(module, Affine) and module.awaits_data:
+            size = module.weight.shape[1]
+            module.set_statistics(0.1 * torch.randn(size), 0.5 + torch.rand(size))
     return Built(model, _trained(model))
 
 
@@ -205,6 +212,17 @@ def _looped(built: Built, sizes: Sizes, kind: type[ExpertLoop]) -> Built:
     return Built(model, _trained(model))
 
 
+WITHOUT_DATA = {"router_init": "kaiming_uniform", "router_confidence": None, "balance_bias_rate": None}
+"""A router drawn at random costs what one made from data costs; the bias, left out, is one sum of `[T, E]`."""
+
+
+def recommended(sizes: Sizes) -> dict[str, Any]:
+    """The preset in these sizes: as many experts in all, the last of them shared."""
+    own = {"r": sizes.rank, "top_k": sizes.top_k, "lora_alpha": ALPHA, **WITHOUT_DATA}
+    fields = preset_fields("recommended", own)
+    return fields | {"num_experts": sizes.experts - fields["shared_experts"]}
+
+
 ADAPTIVE: dict[str, Any] = {"selection": "adaptive_threshold", "top_k": None}
 
 
@@ -212,6 +230,7 @@ def own_methods(sizes: Sizes) -> list[Method]:
     """Base, PEFT's LoRA, molora and the loops; names carry the sizes, as ranks are what a reader compares."""
     e, r, k = sizes.experts, sizes.rank, sizes.top_k
     fields: dict[str, Callable[[Sizes], dict[str, Any]]] = {
+        "molora recommended": recommended,
         f"molora top-{k}": lambda s: {},
         f"molora top-{k}, router per input": lambda s: {"router_sharing": "input"},
         "molora adaptive threshold": lambda s: ADAPTIVE,

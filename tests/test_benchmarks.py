@@ -23,7 +23,7 @@ SIZES = methods.Sizes(hidden=16, intermediate=24, vocab=32, layers=1, heads=2, e
 TINY = [
     *("--hidden", "16", "--intermediate", "24", "--vocab", "32", "--layers", "1", "--heads", "2"),
     *("--experts", "4", "--rank", "2", "--length", "6", "--pairs", "2", "--no-peers"),
-    *("--only", "molora top-2", "loop, Mixtral", "base, frozen", "PEFT LoRA r=8"),
+    *("--only", "molora recommended", "molora top-2", "loop, Mixtral", "base, frozen", "PEFT LoRA r=8"),
 ]
 IDS = torch.arange(1, 9).reshape(1, 8)
 
@@ -56,6 +56,7 @@ def test_a_timed_command_prints_its_rows_and_writes_them(name, more, words, tmp_
     out = capsys.readouterr().out
     assert status == 0
     assert [word for word in words if word not in out] == []
+    assert "left out" not in out
     assert out.count("A/A") >= 2
     assert result["command"] == name
     assert {"machine", "versions", "shapes", "time", "clock", "kernels", "checked", "reference"} <= result.keys()
