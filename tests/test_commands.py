@@ -4,66 +4,17 @@ from __future__ import annotations
 
 import json
 
+import command_runs
 import pytest
 import tiny
 import torch
 import yaml
+from command_runs import give_scores
 from peft import AutoPeftModelForCausalLM
 
 import molora_cli
 
-WORDS = {"colour": ["red", "blue", "green"], "animal": ["cat", "dog", "fox"]}
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    tiny.tiny_llama().save_pretrained(folder)
-    tiny.tiny_tokenizer().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def run_file(tmp_path, base, monkeypatch):
-    """Write a run file and its data; return a function that changes keys and writes it again."""
-    monkeypatch.chdir(tmp_path)
-    for task, words in WORDS.items():
-        for split in ("train", "test"):
-            rows = [
-                {
-                    "messages": [
-                        {"role": "user", "content": f"a {task} {index}"},
-                        {"role": "assistant", "content": words[index % 3]},
-                    ],
-                    **({"choices": words, "label": index % 3} if task == "colour" else {}),
-                }
-                for index in range(6)
-            ]
-            text = "".join(json.dumps(row) + "\n" for row in rows)
-            (tmp_path / f"{task}.{split}.jsonl").write_text(text)
-    content = {
-        "model_name_or_path": str(base),
-        "preset": "adamole",
-        "num_experts": 4,
-        "target_modules": ["q_proj", "up_proj"],
-        "datasets": [
-            {"path": f"{task}.train.jsonl", "eval_path": f"{task}.test.jsonl", "task": task} for task in WORDS
-        ],
-        "output_dir": "out",
-        "max_steps": 3,
-        "learning_rate": 0.01,
-        "logging_steps": 1,
-        "bf16": False,
-        "eval_max_new_tokens": 4,
-        "disable_tqdm": True,
-    }
-
-    def write(**changes):
-        path = tmp_path / "run.yaml"
-        path.write_text(yaml.safe_dump({**content, **changes}, sort_keys=False))
-        return str(path)
-
-    return write
+base, run_file = command_runs.base, command_runs.run_file
 
 
 def test_train_saves_an_adapter_that_loads_anywhere_and_reports_what_it_did(run_file, tmp_path, capsys):
@@ -163,192 +114,6 @@ def test_plan_says_on_how_many_rows_routers_will_be_calibrated(run_file, capsys)
     assert "Routers start" not in printed, "they were calibrated already"
 
 
-def _empty(tmp_path):
-    (tmp_path / "colour.train.jsonl").write_text("")
-
-
-def _no_answers(tmp_path):
-    row = {"prompt": "a colour", "completion": ""}
-    (tmp_path / "colour.train.jsonl").write_text(json.dumps(row) + "\n")
-
-
-def _broken_json(tmp_path):
-    (tmp_path / "colour.train.jsonl").write_text('{"text": "a"}\n{"text": \n')
-
-
-def _other_columns(tmp_path):
-    (tmp_path / "colour.train.jsonl").write_text('{"question": "a", "reply": "b"}\n')
-
-
-def _other_tasks(tmp_path):
-    (tmp_path / "colour.train.jsonl").write_text('{"task": "colors", "text": "abc"}\n')
-
-
-MISTAKES = {
-    "empty dataset": (_empty, {}, ["run.yaml:", "colour.train.jsonl", "empty"]),
-    "nothing to learn": (_no_answers, {}, ["'colour'", "token to learn"]),
-    "too short to learn": (None, {"max_length": 2}, ["max_length=2"]),
-    "broken JSON": (_broken_json, {}, ["run.yaml:", "colour.train.jsonl:2"]),
-    "unknown columns": (_other_columns, {}, ["question", "messages"]),
-    "unknown task": (_other_tasks, {}, ["no row of task 'colour'", "colors"]),
-    "target without match": (None, {"target_modules": ["q_prj"]}, ["run.yaml:", "q_prj", "Did you mean 'q_proj'"]),
-    "model without config": (None, {"model_name_or_path": "."}, ["run.yaml:", "config.json"]),
-}
-
-
-@pytest.mark.parametrize("command", ["train", "plan"])
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_readable_message_exit_code_2_and_nothing_written(
-    mistake, command, run_file, tmp_path, capsys
-):
-    spoil, changes, fragments = MISTAKES[mistake]
-    if spoil:
-        spoil(tmp_path)
-    path = run_file(**changes)
-    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
-    assert molora_cli.main([command, path]) == 2
-    said = capsys.readouterr().err
-    assert "Traceback" not in said
-    for fragment in fragments:
-        assert fragment in said, said
-    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
-
-
-def test_a_folder_in_use_is_left_alone_unless_told_otherwise(run_file, tmp_path, capsys):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "precious.txt").write_text("keep")
-    assert molora_cli.main(["train", run_file()]) == 2
-    said = capsys.readouterr().err
-    assert all(fragment in said for fragment in ("run.yaml:", "output_dir", "overwrite"))
-    assert [file.name for file in (tmp_path / "out").iterdir()] == ["precious.txt"]
-    assert molora_cli.main(["plan", run_file()]) == 0
-    assert "`molora train` would stop" in capsys.readouterr().out
-    assert molora_cli.main(["train", run_file(evaluate_tasks=False), "--overwrite"]) == 0
-    assert (tmp_path / "out" / "precious.txt").read_text() == "keep"
-
-
-def _continue(tmp_path, base, preset="adamole"):
-    """Make an adapter to continue from, without training one."""
-    from peft import LoraConfig, get_peft_model
-
-    from molora import MoLoraConfig
-
-    config = (
-        MoLoraConfig.from_preset(preset, target_modules=["q_proj"])
-        if preset
-        else LoraConfig(target_modules="all-linear")
-    )
-    get_peft_model(tiny.tiny_llama(), config).save_pretrained(tmp_path / "existing")
-
-
-NOT_CONTINUED = {
-    "a plain LoRA": (None, {}, ["run.yaml:", "adapter_name_or_path", "LORA, not MOLORA"]),
-    "other experts": ("adamole", {"num_experts": 6}, ["run.yaml:", "num_experts", "got 6", "made with 8"]),
-}
-
-
-@pytest.mark.parametrize("case", NOT_CONTINUED)
-def test_an_adapter_is_only_continued_as_what_it_is(case, run_file, tmp_path, base, capsys):
-    preset, changes, fragments = NOT_CONTINUED[case]
-    _continue(tmp_path, base, preset)
-    path = run_file(adapter_name_or_path=str(tmp_path / "existing"), **changes)
-    assert molora_cli.main(["train", path]) == 2
-    said = capsys.readouterr().err
-    assert all(fragment in said for fragment in fragments), said
-
-
-@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern", "exclude_modules", "modules_to_save"])
-def test_names_that_match_no_module_are_mistakes_in_a_run_file(field, run_file, capsys):
-    wrong = {"nothing_like_it": 3} if "pattern" in field else ["nothing_like_it"]
-    assert molora_cli.main(["plan", run_file(**{field: wrong})]) == 2
-    said = capsys.readouterr().err
-    assert all(fragment in said for fragment in ("run.yaml:", field, "nothing_like_it")), said
-
-
-def test_training_that_diverged_fails_and_saves_nothing(run_file, tmp_path, capsys):
-    arguments = ["--learning_rate", "1e30", "--max_grad_norm", "0", "--evaluate_tasks", "false"]
-    assert molora_cli.main(["train", run_file(), *arguments]) == 1
-    assert "training diverged" in capsys.readouterr().err
-    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
-
-
-DAMAGE = {
-    "config": ("adapter_config.json", b"[1", "cannot be read"),
-    "format": ("adapter_config.json", b'{"peft_type": "MOLORA", "format_version": 9}', "Upgrade molora"),
-    "kind": ("adapter_config.json", b'{"peft_type": "FOO"}', "type FOO, not MOLORA"),
-    "weights": ("adapter_model.safetensors", b"nonsense", "damaged adapter_model.safetensors"),
-}
-
-
-@pytest.mark.parametrize("what", DAMAGE)
-@pytest.mark.parametrize("command", [["inspect"], ["generate", "--prompt", "a"]])
-def test_a_damaged_adapter_is_named(what, command, tmp_path, base, capsys):
-    _continue(tmp_path, base)
-    name, content, said = DAMAGE[what]
-    (tmp_path / "existing" / name).write_bytes(content)
-    assert molora_cli.main([command[0], str(tmp_path / "existing"), *command[1:]]) == 2
-    assert said in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("arguments", [["generate", "nowhere", "--prompt", "a"], ["inspect", "nowhere"]])
-def test_a_folder_without_adapter_is_named(arguments, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert molora_cli.main(arguments) == 2
-    assert "nowhere is no folder" in capsys.readouterr().err
-
-
-def _score(tmp_path, number=4, tasks=tuple(WORDS)):
-    """Give the rows of some tasks scores."""
-    for task in tasks:
-        for split in ("train", "test"):
-            file = tmp_path / f"{task}.{split}.jsonl"
-            rows = [json.loads(line) | {"expert_scores": [0.1] * number} for line in file.read_text().splitlines()]
-            file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-NEEDS = {
-    "scores": (None, {"preset": "glider"}, ["run.yaml:2: preset", "reads expert_scores", "4 numbers"]),
-    "scores by a field": (
-        None,
-        {"router": "external", "selection": "dense"},
-        ["run.yaml:", "router: the routing reads expert_scores"],
-    ),
-    "as many scores": (lambda path: _score(path, 3), {"preset": "mor1e"}, ["run.yaml:3: num_experts", "has 3"]),
-    "scores of every row": (
-        lambda path: _score(path, 4, ["colour"]),
-        {"preset": "glider"},
-        ["animal.train.jsonl:1: no `expert_scores`", "colour.train.jsonl:1"],
-    ),
-    "equal layers": (
-        lambda path: _score(path),
-        {"preset": "glider", "num_experts": [2, 4]},
-        ["num_experts: expert_scores need the same number"],
-    ),
-    "tasks": (
-        None,
-        {"preset": "moelora", "num_tasks": 1},
-        ["num_tasks: num_tasks is 1", "2 tasks (colour, animal)", "at least 2"],
-    ),
-    "groups": (
-        None,
-        {"preset": "loramoe", "routing_losses": {"localized_balancing": {"coefficient": 0.1, "groups": 1}}},
-        ["routing_losses: localized_balancing has 1 groups", "its `groups` to 2"],
-    ),
-}
-
-
-@pytest.mark.parametrize("command", ["train", "plan"])
-@pytest.mark.parametrize("need", NEEDS)
-def test_a_routing_that_the_data_does_not_allow_is_refused_early(need, command, run_file, tmp_path, capsys):
-    prepare, changes, fragments = NEEDS[need]
-    if prepare:
-        prepare(tmp_path)
-    # Never reached: the model is loaded later.
-    assert molora_cli.main([command, run_file(**changes), "--model_name_or_path", "no/model"]) == 2
-    said = capsys.readouterr().err
-    assert all(fragment in said for fragment in fragments), said
-
-
 def test_a_loss_between_tasks_is_only_advised_against_for_one(run_file, tmp_path, capsys):
     one = run_file(preset="loramoe", target_modules=["up_proj"], datasets=[{"path": "colour.train.jsonl"}])
     for command in ("plan", "train"):
@@ -380,7 +145,7 @@ def test_generate_takes_a_task_by_name_or_id_and_says_which_there_are(run_file, 
 
 
 def test_scores_reach_training_scoring_and_generation(run_file, tmp_path, capsys):
-    _score(tmp_path)
+    give_scores(tmp_path)
     assert molora_cli.main(["train", run_file(preset="glider")]) == 0
     asked = ["generate", "out", "--prompt", "a", "--max-new-tokens", "2"]
     assert molora_cli.main([*asked, "--scores=-1,2,0.5,0"]) == 0
