@@ -186,7 +186,8 @@ def _check_activation_router(config: Config) -> Iterator[Problem]:
 def _check_experts(config: Config) -> Iterator[Problem]:
     total = fewest_experts(config) + config.shared_experts
     if config.frozen_experts > total:
-        yield Problem("frozen_experts", f"cannot freeze {config.frozen_experts} of {total} experts (`num_experts`).")
+        counted = "`num_experts`" + " and `shared_experts`" * bool(config.shared_experts)
+        yield Problem("frozen_experts", f"cannot freeze {config.frozen_experts} of {total} experts ({counted}).")
     if config.frozen_experts and config.expert_layout not in ("separate", "factors"):
         yield Problem(
             "frozen_experts",
@@ -233,8 +234,11 @@ def _check_layout(config: Config) -> Iterator[Problem]:
                 "expert_layout",
                 "'factors' mixes matrices once per sequence; set router_level='sequence', or a router of tasks.",
             )
-    if layout == "shards" and (config.router != "none" or config.num_experts != 1):
-        yield Problem("expert_layout", "'shards' is one expert without router; set num_experts=1 and router='none'.")
+    if layout == "shards" and (config.router != "none" or config.num_experts != 1 or config.shared_experts):
+        yield Problem(
+            "expert_layout",
+            "'shards' is one expert without router; set num_experts=1, shared_experts=0 and router='none'.",
+        )
     if layout == "shards" and isinstance(config.r, int):
         pool = config.pool_rank or config.r
         if not config.private_rank < pool <= config.r and not (pool == config.r == config.private_rank):

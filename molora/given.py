@@ -22,8 +22,9 @@ def given_weights(weights: Tensor, plan: ModulePlan, x: Tensor, call: RoutingCal
         weights = with_shared(weights, plan.spec.shared_experts, plan.spec.shared_weight)
     if weights.shape[-1] != plan.bank_experts:
         raise MoloraError(
-            f"expert_weights has {weights.shape[-1]} columns and this adapter {plan.num_experts} experts; "
-            "give one each."
+            f"expert_weights has {weights.shape[-1]} columns and this adapter {plan.num_experts} experts"
+            + f", {plan.bank_experts} with its shared ones" * (plan.bank_experts > plan.num_experts)
+            + "; give one each."
         )
     if weights.ndim > 1:
         weights = _over_tokens(_rows(weights, "expert_weights", x, call, rows), x, plan)

@@ -194,7 +194,14 @@ def test_inspect_says_what_is_special_about_an_adapter(preset, tmp_path, capsys)
         assert expected in printed, printed
 
 
-def test_imported_experts_are_named(tmp_path, capsys):
+NEW = [
+    ("psec", {"num_experts": 3}, "1 new of rank 5", "the first 2"),
+    ("recommended", {"lora_alpha": 10}, "2 new of rank 5, alpha 10", "2, weight one"),
+]
+
+
+@pytest.mark.parametrize(("preset", "fields", "new", "more"), NEW)
+def test_imported_experts_are_named_and_new_ones_counted(preset, fields, new, more, tmp_path, capsys):
     from peft import LoraConfig, get_peft_model
 
     from molora.compose import compose
@@ -202,11 +209,11 @@ def test_imported_experts_are_named(tmp_path, capsys):
     for index, name in enumerate(("sums", "dates")):
         config = LoraConfig(r=2 + index, target_modules=["q_proj"], init_lora_weights=False)
         get_peft_model(tiny.tiny_llama(), config).save_pretrained(tmp_path / name)
-    model = compose(tiny.tiny_llama(), [tmp_path / "sums", tmp_path / "dates"], "psec", num_experts=3, r=5)
+    model = compose(tiny.tiny_llama(), [tmp_path / "sums", tmp_path / "dates"], preset, r=5, **fields)
     model.save_pretrained(tmp_path / "mixture")
     assert molora_cli.main(["inspect", str(tmp_path / "mixture")]) == 0
     printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    for expected in ("2 imported: sums (rank 2), dates (rank 3); 1 new of rank 5", "the first 2", "frozen experts, A"):
+    for expected in (f"2 imported: sums (rank 2), dates (rank 3); {new}", more, "frozen experts, A"):
         assert expected in printed, printed
 
 

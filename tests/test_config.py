@@ -169,8 +169,16 @@ IMPOSSIBLE |= {
     "factors by token": ({**TOP_K, "expert_layout": "factors"}, ["expert_layout", "once per sequence"]),
     "frozen experts of one A": ({"frozen_experts": 2, "expert_layout": "shared_A"}, ["frozen_experts", "to freeze"]),
     "more frozen than there are": ({"frozen_experts": 9}, ["frozen_experts", "9 of 8"]),
+    "more frozen than with shared ones": (
+        {"frozen_experts": 11, "shared_experts": 2},
+        ["frozen_experts", "11 of 10 experts (`num_experts` and `shared_experts`)"],
+    ),
     "pairs that are none": ({"expert_layout": "pairs"}, ["num_experts", r"r[0] · r[1]"]),
     "shards with a router": ({"expert_layout": "shards"}, ["expert_layout", "without router"]),
+    "shards with shared experts": (
+        {"expert_layout": "shards", "router": "none", "num_experts": 1, "shared_experts": 2, **DENSE},
+        ["expert_layout", "shared_experts=0"],
+    ),
     "a threshold of blocks": ({**FFN}, ["selection", "without its feed-forward block"]),
     "a capacity of blocks": ({**FFN, **TOP_K, "capacity_factor": 1.0}, ["capacity_factor", "feed-forward block"]),
     "dropout of blocks": ({**FFN, **TOP_K, "expert_dropout": 0.1}, ["expert_dropout", "feed-forward block"]),

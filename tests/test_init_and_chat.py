@@ -33,6 +33,8 @@ def test_a_started_file_is_a_run_file(preset, tmp_path, monkeypatch, capsys):
     assert [dataset.task for dataset in run.datasets] == ["my rows", "sums"]
     assert str(run.output_dir).endswith("runs/support")
     assert run.adapter.target_modules == "all-linear"
+    own = MoLoraConfig.from_preset(preset)
+    assert f"# num_experts: {own.num_experts} " in (tmp_path / "support.yaml").read_text()
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,17 @@ def test_save_pretrained_leaves_a_card_that_says_what_the_adapter_is(base, tmp_p
     assert "model-index" not in front
 
 
+@pytest.mark.parametrize(
+    ("preset", "used", "weight"),
+    [("recommended", "the 2 most probable, and the 2 shared", "1"), ("mocle", "and the 1 shared", "what the others")],
+)
+def test_shared_experts_are_told_apart_from_routed_ones(preset, used, weight, base, tmp_path):
+    text = text_of(write_adapter(tmp_path / "adapter", base, preset, target_modules=TARGETS))
+    assert "which the router gives but to shared experts." in text
+    assert used in text
+    assert f"- **weight of a shared expert**: {weight}" in text
+
+
 def test_no_path_of_this_machine_gets_into_a_card(base, tmp_path):
     model = on_hub(build("molora", target_modules=TARGETS), str(base))
     model.save_pretrained(tmp_path / "adapter")

@@ -10,6 +10,7 @@ import tiny
 import torch
 import torch.nn.functional as F
 from calibrated import FROM_DATA, adapted, batches, routers
+from methods import MOE_MODELS
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 
@@ -158,6 +159,47 @@ def test_texts_that_are_packed_into_a_row_are_told_apart():
     del packed["position_ids"]
     with pytest.raises(MoloraError, match="1 texts, and 4 experts"):
         calibrate_routers(adapted(False), [packed])
+
+
+def _features(model, given):
+    readers = [
+        module for _, module in sorted(model.named_modules()) if "default" in getattr(module, "molora_router", ())
+    ]
+    found = features.collect_features(model, readers, "default", given, 0, progress=False)
+    return {reader.module_key: part for part, group in found for reader in group}
+
+
+def test_siblings_keep_their_input_once():
+    for dtype in (torch.float32, torch.bfloat16):
+        found = _features(adapted(False, base=tiny.tiny_llama().to(dtype)), batches())
+        real = sum(int(batch["attention_mask"].sum()) for batch in batches())
+        assert {len(part.x) for part in found.values()} == {real}
+
+
+def test_a_block_that_puts_all_rows_into_one_reads_the_same_tokens():
+    torch.manual_seed(0)
+    config = MoLoraConfig(num_experts=4, target_modules="all-linear", **FROM_DATA)
+    model = get_peft_model(MOE_MODELS["qwen2-moe"]().eval(), config)
+    found = _features(model, batches())
+    flat = [part for name, part in found.items() if "shared_expert" in name]
+    assert flat
+    for part in found.values():
+        assert torch.equal(part.row.unique(), torch.arange(12))
+        assert torch.equal(part.answer.sum(), flat[0].answer.sum())
+        assert int(part.first.sum()) == 12
+        assert torch.equal(part.row, flat[0].row)
+
+
+def test_a_pooled_vector_is_a_text_of_its_own():
+    torch.manual_seed(0)
+    config = MoLoraConfig(num_experts=6, target_modules="all-linear", task_type="SEQ_CLS", **FROM_DATA)
+    model = get_peft_model(tiny.tiny_bert_classifier(), config)
+    given = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches()]
+    (pooled,) = [part for name, part in _features(model, given).items() if "pooler" in name]
+    assert torch.equal(pooled.row, torch.arange(12))
+    assert pooled.answer.all()
+    assert not pooled.first.any()
+    calibrate_routers(model, given)
 
 
 def test_a_contrastive_loss_compares_rows_with_what_the_router_reads():

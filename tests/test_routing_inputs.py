@@ -79,6 +79,11 @@ WRONG = {
         "bans every expert of a row",
     ),
     "weights of other experts": ("mole", {"expert_weights": torch.ones(5)}, "expert_weights has 5 columns"),
+    "weights of some shared experts": (
+        "mocle",
+        {"expert_weights": torch.ones(3), "task_ids": torch.zeros(2, dtype=torch.long)},
+        "this adapter 4 experts, 5 with its shared ones; give one each",
+    ),
     "weights of other rows": ("mole", {"expert_weights": torch.ones(2, 4)}, "expert_weights has 2 rows"),
     "scores of other experts": ("glider", {"expert_scores": torch.ones(3, 5)}, "expert_scores has 5 columns"),
     "scores of too few tokens": ("glider", {"expert_scores": torch.ones(3, 2, 4)}, "of 2 tokens do not reach the 6"),

@@ -126,7 +126,7 @@ class _Collector:
         self._real = torch.empty(0)
         self._rows = self._texts = 0
         self._parts: dict[int, list[tuple[Tensor, ...]]] = {}
-        self._now: dict[int, Tensor] = {}
+        self._now: dict[int, tuple[Tensor, Any]] = {}
         self._of: dict[int, int] = {}
 
     def begin(self, batch: Batch, chosen: Tensor, masks: TokenMasks) -> None:
@@ -151,18 +151,21 @@ class _Collector:
         if x is None:
             return
         siblings = id(layer.molora_input.get(self.name, layer))
-        first = self._now.setdefault(siblings, x)
+        first, owner = self._now.setdefault(siblings, (x, layer))
         same = first is x or (first.shape == x.shape and torch.equal(first, x))
         key = siblings if same else id(layer)
         if self._of.setdefault(id(layer), key) != key:
             raise MoloraError(f"{layer.module_key} shares its input with its siblings in some calls only.")
-        if key == siblings and first is not x:
+        if key == siblings and owner is not layer:
             return
         self._parts.setdefault(key, []).append(self._tokens(layer, x))
 
     def _tokens(self, layer: Any, x: Tensor) -> tuple[Tensor, ...]:
         """What `Features` holds, of one batch."""
-        if layer.molora_plan[self.name].level == "sequence":
+        if x.ndim == 2 and len(x) == self._chosen.numel():  # some blocks put all rows' tokens into one
+            x = x.unflatten(0, self._chosen.shape)
+        pooled = x.ndim == 2 and len(x) == len(self._chosen)
+        if pooled or layer.molora_plan[self.name].level == "sequence":
             all_rows = torch.ones(len(x), dtype=torch.bool)
             return x.flatten(0, -2), torch.arange(len(x)) + self._rows, all_rows, ~all_rows
         shape = x.shape[:-1]

@@ -67,7 +67,8 @@ def _method(source: Source) -> list[str]:
         f"This is {kind} a mixture of LoRA experts {_on(base)} Every adapted linear computes",
         *("", "```", formula(source.config), "```", ""),
         "with W₀ the frozen weight, Aₑ and Bₑ the two matrices of expert e, sₑ its scale, and wₑ its weight"
-        + (", which the router gives." if source.config.is_routed else "."),
+        + (", which the router gives" if source.config.is_routed else "")
+        + (" but to shared experts." if source.config.is_routed and source.config.shared_experts else "."),
     ]
     if source.preset:
         words, paper = described(source.preset)
@@ -173,11 +174,11 @@ def _routing(source: Source) -> list[str]:
         rows = [row for row in loads.end if row]
         most = max((max(row) for row in rows), default=0.0)
         lines.append(
-            f"Dead experts, with less than a tenth of an even share in {loads.origin}: {dead:,} of {whole:,}. "
+            f"Dead routed experts, with less than a tenth of an even share in {loads.origin}: {dead:,} of {whole:,}. "
             f"The largest share that one expert of a linear gets is {most:.1%}."
         )
         used = _experts_used(source)
-        lines += [f"A token uses {used:.2f} experts, a mean over linears."] * (used is not None)
+        lines += [f"A token uses {used:.2f} routed experts, a mean over linears."] * (used is not None)
         lines = [" ".join(lines)]
     tasks = [one for one in listed(source.folder.record, "routing") if isinstance(one, dict) and one.get("metrics")]
     if tasks:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from molora.base import PACKAGED
+from molora.config import MoLoraConfig
 from molora.errors import ConfigError, Problem, did_you_mean
 from molora.presets import available_presets
 from molora.writing import new_file
@@ -29,8 +30,8 @@ model_name_or_path: {model}   # hub id, local folder, or the packaged {packaged}
 
 ### adapter: any field of MoLoraConfig; `molora presets` lists methods, `molora schema` explains every field
 preset: {preset}
-# num_experts: 8                            # fields on top of the preset
-# r: 8                                      # rank of one expert
+# {num_experts:<41} # fields on top of the preset, with its own values
+# {r:<41} # rank of one expert
 target_modules: all-linear                  # or a list of name endings: [q_proj, v_proj]
 
 ### data: JSON Lines with `messages`, with `prompt` and `completion`, or with `text`
@@ -91,12 +92,15 @@ def content(name: str, preset: str, model: str, data: Sequence[str]) -> str:
         data: Files of rows, each a task named as its file.
     """
     entries = [_DATASET.format(path=_scalar(one), task=_scalar(Path(one).name.partition(".")[0])) for one in data]
+    config = MoLoraConfig.from_preset(preset)
     return _FILE.format(
         name=name,
         output=f"runs/{Path(name).stem}",
         model=_scalar(model),
         packaged=PACKAGED,
         preset=preset,
+        num_experts=f"num_experts: {config.num_experts}",
+        r=f"r: {config.r}",
         datasets="\n".join(entries),
     )
 

@@ -99,7 +99,8 @@ def _experts(config: MoLoraConfig) -> str:
     if not config.imported_experts:
         return f"{many} {size}"
     names = ", ".join(f"{expert['name']} (rank {expert['r']})" for expert in config.imported_experts)
-    further = sum([number] if isinstance(number, int) else number) - len(config.imported_experts)
+    total = sum([number] if isinstance(number, int) else number) + config.shared_experts
+    further = total - len(config.imported_experts)
     return f"{len(config.imported_experts)} imported: {names}" + (f"; {further} new {size}" if further > 0 else "")
 
 

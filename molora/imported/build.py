@@ -73,9 +73,11 @@ def config_from_adapters(
         "target_modules": sorted({module for lora in loras for module in lora.factors}),
         **{name: value for name, value in overrides.items() if name not in _FROM_ADAPTERS},
     }
-    if own.get("top_k", 0) > len(loras) and overrides.get("selection", own["selection"]) == own["selection"]:
-        # A preset's k is its paper's; with fewer adapters all of them are kept.
-        fields.setdefault("top_k", len(loras))
+    routed = fields["num_experts"]
+    fewer = isinstance(routed, int) and own.get("top_k", 0) > routed
+    if fewer and overrides.get("selection", own["selection"]) == own["selection"]:
+        # A preset's k is its paper's; with fewer experts all of them are kept.
+        fields.setdefault("top_k", routed)
     config = config_cls.from_preset(preset, **fields)
     problems = [*_inexact(config, loras), *_unequal_ranks(config, loras), *_missing_gates(config, loras)]
     if problems:
@@ -116,12 +118,13 @@ def _contradictions(own: dict[str, Any], overrides: dict[str, Any], number: int)
     if own.get("num_experts") == 1 and number > 1:
         message = f"has one expert, but {number} adapters are given; give one, or another preset."
         yield Problem("preset", message)
-    shared = overrides.get("shared_experts", 0)
+    shared = overrides.get("shared_experts", own.get("shared_experts", 0))
     total = overrides.get("num_experts", number)
     if not isinstance(total, int) or not isinstance(shared, int):
         return  # the config says what is wrong with them
     if total + shared < number:
-        message = f"got {total}, but {number} adapters are given; leave it out, or add new experts behind them."
+        got = f"got {total}" + f" and {shared} shared ones" * bool(shared)
+        message = f"{got}, but {number} adapters are given; leave it out, or add new experts behind them."
         yield Problem("num_experts", message)
     if total + shared == number:
         for field in _OF_FURTHER_EXPERTS:

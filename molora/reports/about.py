@@ -19,6 +19,7 @@ _SELECTED = {
     "threshold": "those of at least {threshold:g}",
     "adaptive_threshold": "those above a learned threshold, up to {max_threshold:g}",
 }
+_SHARED = {"one": "1", "remainder": "what the others leave of 1"}
 
 
 def about(folder: Folder) -> dict[str, str]:
@@ -38,8 +39,9 @@ def about(folder: Folder) -> dict[str, str]:
         "router": config.router.replace("_", " ")
         + (f", one decision a {config.router_level}" if config.router_level != "token" else ""),
         "gate": f"{spec.gate}, temperature {spec.temperature:g}",
-        "used for a token": selected,
+        "used for a token": selected + f", and the {config.shared_experts} shared" * bool(config.shared_experts),
         "mixing weights": spec.weights.replace("_", " ") + (", made to sum to one" if spec.renormalize else ""),
+        "weight of a shared expert": _SHARED[config.shared_weight] if config.shared_experts else "",
         "adapted linears": ", ".join(f"{number} {kind}" for kind, number in sorted(kinds.items())),
         "trained on": trained,
         "steps": f"{step:,}" if isinstance(step, int) else "",

@@ -85,9 +85,11 @@ def sentence(found: Loads | Usage | Affinity | Cosines) -> str:
     if isinstance(found, Loads):
         dead, whole = dead_experts(found)
         are = "is" if dead == 1 else "are"
-        return f"{dead} of {whole} experts {are} dead: below a tenth of an even share, on {plain(found.origin)}."
+        return (
+            f"{dead} of {whole} routed experts {are} dead: below a tenth of an even share, on {plain(found.origin)}."
+        )
     if isinstance(found, Usage):
-        return f"A token uses {found.mean:.2f} experts on average, over linears and {found.tokens:,} tokens."
+        return f"A token uses {found.mean:.2f} routed experts on average, over linears and {found.tokens:,} tokens."
     if isinstance(found, Affinity):
         best = max(range(len(found.bits)), key=lambda index: found.bits[index])
         mean = sum(found.bits) / len(found.bits)

@@ -114,7 +114,7 @@ def _unused(adapter: Adapter, module: str, usage: ModuleStatistics, below: float
     plan = adapter.plan(module)
     share = usage.mass(plan.num_experts) if adapter.config.selection == "dense" else usage.usage[: plan.num_experts]
     gone = [index for index in range(plan.num_experts) if share[index] < below or share[index] == 0]
-    if not sum(rank for index, rank in enumerate(ranks) if index not in gone):
+    if not sum(rank for index, rank in enumerate(ranks[: plan.num_experts]) if index not in gone):
         best = max((index for index in gone if ranks[index]), key=lambda index: float(share[index]), default=None)
         gone = [index for index in gone if index != best]
     return [index for index in gone if ranks[index]]
