@@ -71,6 +71,22 @@ def test_experts_are_exported_one_by_one_and_go_round(base, adapter, tmp_path):
     torch.testing.assert_close(composed, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_shared_experts_are_exported_behind_the_others_and_go_round(base, adapter, tmp_path):
+    source = adapter("recommended", num_experts=3, shared_experts=2, r=2)
+    export_adapter(source, tmp_path / "experts", target="experts")
+    folders = sorted(path for path in (tmp_path / "experts").iterdir() if path.is_dir())
+    assert [path.name for path in folders[3:]] == ["shared_expert_0", "shared_expert_1"]
+    weights = torch.tensor([0.2, 0.5, 0.3])
+    expected = logits_of(base, source, expert_weights=weights)
+    from molora.compose import compose
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    again = compose(model, folders, "recommended", num_experts=3).eval()
+    with torch.no_grad():
+        composed = again(input_ids=tokens(), expert_weights=weights).logits
+    torch.testing.assert_close(composed, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("preset", "group", "names"),
     [
