@@ -9,6 +9,9 @@ It took 3.9 minutes of one CPU core, on a machine that did other work. Over its 
 (steps 1 to 4) to 0.98 (steps 17 to 20), and it printed (one run, one seed; a standard error is about 0.035):
 
     Mean reward on 48 held-out stories, with other verbs: 0.708 before GRPO, 0.885 after
+
+So short a training depends on its seed: three seeds of this one gained 0.16, 0.03 and 0.06 over four answers a story, a
+plain LoRA 0.27, 0.03 and -0.04. Where all answers to a story become the same, nothing is left to learn from.
 """
 
 import argparse
@@ -83,7 +86,7 @@ shown = [
 ]
 
 model, tokenizer = load_base(arguments.model_name_or_path, dtype="float32")
-# No expert is shared: with shared ones, which learn from every token, so few steps made nearly all answers "+".
+# All experts are routed, as in the run above. Which method learns more here is chance: docs/routers.md.
 config = MoLoraConfig.from_preset(
     "recommended", num_experts=8, shared_experts=0, lora_alpha=64, target_modules="all-linear", task_type="CAUSAL_LM"
 )
