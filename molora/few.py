@@ -16,8 +16,7 @@ from molora.kernels.choices import Choices
 from molora.kernels.dispatch import FEW_EXPERTS, FEW_IN_TRAINING, FEW_TOKENS, SPARED_RANKS
 from molora.kernels.mixture import mixing_weights
 from molora.observe import hand_on
-from molora.routing.precision import autocast_enabled, promote
-from molora.routing.routers.base import linear
+from molora.routing.precision import autocast_enabled
 from molora.routing.weights import with_shared
 from molora.standard import Standard, drops, standard_of
 
@@ -63,23 +62,21 @@ def _reads_few(layer: Any, name: str, parts: Standard, x: Tensor) -> bool:
     simple = choices.gate == "softmax" and choices.renormalize and not choices.minus_threshold
     experts, ranks = choices.bank(parts.router.weight.shape[0]), parts.down.shape[0]
     spared = ranks - (choices.top_k + choices.shared_experts) * (ranks // experts)
-    return simple and spared >= SPARED_RANKS and parts.bias is None and name not in layer.molora_group
+    return simple and spared >= SPARED_RANKS and name not in layer.molora_group
 
 
 def _of_own_experts(layer: Any, name: str, x: Tensor, y: Tensor, parts: Standard) -> Tensor:
     """`y + B (g ⊙ A x)` for one token of a CPU, `[out]`, reading the matrices of its own experts."""
     down, up, router = parts.down, parts.up, parts.router
-    token, rows, bias = x.reshape(-1), router.rows(), router.offset()
-    wide = promote(token)
-    logits = torch.mv(rows.to(wide.dtype), wide)
-    logits = logits if bias is None else logits + bias
-    weights, experts = _top_k(logits, parts.choices)
+    token, experts_routed = x.reshape(-1), router.weight.shape[0]
+    logits = router.of_few(token)
+    weights, experts = _top_k(logits, parts.choices, None if parts.bias is None else parts.bias())
     if layer.routing_recorder is not None:
         dense = torch.zeros_like(logits).scatter_(0, experts, weights)
         hand_on(layer, name, x, logits, with_shared(dense, parts.choices.shared_experts, "one"), None)
-    rank = down.shape[0] // parts.choices.bank(rows.shape[0])
+    rank = down.shape[0] // parts.choices.bank(experts_routed)
     if parts.choices.shared_experts:
-        first = rows.shape[0] * rank
+        first = experts_routed * rank
         y = torch.addmv(y, up[:, first:], torch.mv(down[first:], token), alpha=parts.scale)
     for expert, weight in zip(experts.tolist(), weights.tolist(), strict=True):
         first = expert * rank
@@ -88,11 +85,16 @@ def _of_own_experts(layer: Any, name: str, x: Tensor, y: Tensor, parts: Standard
     return y
 
 
-def _top_k(logits: Tensor, choices: Choices) -> tuple[Tensor, Tensor]:
+def _top_k(logits: Tensor, choices: Choices, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Weights and numbers of the chosen experts, `[..., K]`, where they are renormalised softmax probabilities."""
+    logits = logits if choices.temperature == 1 else logits / choices.temperature
+    if bias is None:
+        values, experts = logits.topk(choices.top_k)
+    else:
+        experts = (torch.softmax(logits, dim=-1) + bias.to(logits.dtype)).topk(choices.top_k).indices
+        values = logits.gather(-1, experts)
     # Dividing the chosen probabilities by their sum is the softmax over the chosen logits.
-    values, experts = logits.topk(choices.top_k)
-    return torch.softmax(values if choices.temperature == 1 else values / choices.temperature, dim=-1), experts
+    return torch.softmax(values, dim=-1), experts
 
 
 def _weights(layer: Any, name: str, x: Tensor, parts: Standard) -> Tensor:
@@ -102,7 +104,7 @@ def _weights(layer: Any, name: str, x: Tensor, parts: Standard) -> Tensor:
         weights = layer.molora_group[name].take(name, call, x.shape[:-1]).weights
         return weights.reshape(x.shape[:-1].numel(), weights.shape[-1])
     features, router = x.reshape(-1, x.shape[-1]), parts.router
-    logits = linear(features, router.rows(), router.offset())
+    logits = router.of_few(features)
     threshold = None if parts.threshold is None else parts.threshold(features)
     weights = weights_of_few(logits, threshold, None if parts.bias is None else parts.bias(), parts.choices)
     hand_on(layer, name, x, logits, weights, threshold)
@@ -118,12 +120,13 @@ def weights_of_few(logits: Tensor, threshold_logit: Tensor | None, bias: Tensor 
         bias: `[E]`, the balancing bias.
         choices: The routing choices.
     """
-    if bias is None and choices.gate == "softmax" and choices.renormalize:
+    if choices.gate == "softmax" and choices.renormalize:
         if choices.selection == "top_k" and not choices.minus_threshold:
-            weights, experts = _top_k(logits, choices)
+            weights, experts = _top_k(logits, choices, bias)
             kept = torch.zeros_like(logits).scatter_(1, experts, weights)
             return with_shared(kept, choices.shared_experts, "one")
-        if threshold_logit is not None and choices.minus_threshold and choices.temperature == 1:
+        simple = bias is None and choices.minus_threshold and choices.temperature == 1
+        if threshold_logit is not None and simple:
             level = torch.sigmoid(threshold_logit).mul_(choices.max_threshold)
             kept = torch.softmax(logits, dim=-1).sub_(level).relu_()
             kept.div_(kept.sum(dim=-1, keepdim=True).clamp_(min=torch.finfo(kept.dtype).tiny))

@@ -7,7 +7,7 @@ import functools
 
 import pytest
 import torch
-from fast_path import CHOICES, IDS, TARGETS, TOP_2, adapted
+from fast_path import CHOICES, IDS, TARGETS, TOP_2, adapted, draw_biases
 
 import molora.rows
 import molora.stack
@@ -27,18 +27,26 @@ def test_few_tokens_without_gradients_get_the_same_output(choice, tokens, monkey
         torch.testing.assert_close(model(input_ids=IDS[:1, :tokens]).logits, expected, rtol=1e-9, atol=1e-11)
 
 
+ROUTED = {
+    "raw": {},
+    "balanced": {"balance_bias_rate": 0.1},
+    "standardised, balanced": {"router_norm": "standardize", "router_bias": True, "balance_bias_rate": 0.1},
+}
+
+
 @pytest.mark.parametrize("rank", [1, 3])
 @pytest.mark.parametrize("shared", [0, 2])
-def test_one_token_of_a_large_bank_reads_its_own_experts_only(rank, shared, monkeypatch):
+@pytest.mark.parametrize("routed", ROUTED)
+def test_one_token_of_a_large_bank_reads_its_own_experts_only(routed, rank, shared, monkeypatch):
     monkeypatch.setattr("molora.few.SPARED_RANKS", 2)
     read = []
     multiply = torch.mv
     monkeypatch.setattr(torch, "mv", lambda matrix, x: (read.append(len(matrix)), multiply(matrix, x))[1])
-    model = adapted(r=rank, num_experts=8, shared_experts=shared, **TOP_2).eval()
+    model = adapted(r=rank, num_experts=8, shared_experts=shared, **ROUTED[routed], **TOP_2).eval()
     with torch.no_grad():
         found = model(input_ids=IDS[:1, :1]).logits
-        # A router, and the rows of A of the shared and of two other experts, for every linear.
-        assert read == [8, *([shared * rank] if shared else []), rank, rank] * 7 * 2
+        # The rows of A of the shared and of two other experts, for every linear.
+        assert read == [*([shared * rank] if shared else []), rank, rank] * 7 * 2
         with record_routing(model) as records:
             assert torch.equal(model(input_ids=IDS[:1, :1]).logits, found)
         assert {record.routing.weights.shape[-1] for record in records} == {8 + shared}
@@ -64,6 +72,7 @@ def with_four_adapters(choice):
     for name in "abcd":
         own = {"r": 3, "num_experts": 4, "target_modules": TARGETS, "init_weights": False, "lora_alpha": 4, **fields}
         model.add_adapter(name, MoLoraConfig(**own))
+    draw_biases(model)
     return model.to(dtype).eval()
 
 
