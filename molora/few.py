@@ -68,15 +68,15 @@ def _reads_few(layer: Any, name: str, parts: Standard, x: Tensor) -> bool:
 def _of_own_experts(layer: Any, name: str, x: Tensor, y: Tensor, parts: Standard) -> Tensor:
     """`y + B (g ⊙ A x)` for one token of a CPU, `[out]`, reading the matrices of its own experts."""
     down, up, router = parts.down, parts.up, parts.router
-    token, experts_routed = x.reshape(-1), router.weight.shape[0]
+    token, routed = x.reshape(-1), router.weight.shape[0]
     logits = router.of_few(token)
     weights, experts = _top_k(logits, parts.choices, None if parts.bias is None else parts.bias())
     if layer.routing_recorder is not None:
         dense = torch.zeros_like(logits).scatter_(0, experts, weights)
         hand_on(layer, name, x, logits, with_shared(dense, parts.choices.shared_experts, "one"), None)
-    rank = down.shape[0] // parts.choices.bank(experts_routed)
+    rank = down.shape[0] // parts.choices.bank(routed)
     if parts.choices.shared_experts:
-        first = experts_routed * rank
+        first = routed * rank
         y = torch.addmv(y, up[:, first:], torch.mv(down[first:], token), alpha=parts.scale)
     for expert, weight in zip(experts.tolist(), weights.tolist(), strict=True):
         first = expert * rank
