@@ -105,7 +105,7 @@ def _weights(layer: Any, name: str, x: Tensor, parts: Standard) -> Tensor:
         return weights.reshape(x.shape[:-1].numel(), weights.shape[-1])
     features, router = x.reshape(-1, x.shape[-1]), parts.router
     logits = router.of_few(features)
-    threshold = None if parts.threshold is None else parts.threshold(features)
+    threshold = None if parts.threshold is None else parts.threshold.of_few(features)
     weights = weights_of_few(logits, threshold, None if parts.bias is None else parts.bias(), parts.choices)
     hand_on(layer, name, x, logits, weights, threshold)
     return weights

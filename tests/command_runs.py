@@ -5,18 +5,15 @@ from __future__ import annotations
 import json
 
 import pytest
-import tiny
 import yaml
+from reports import write_base
 
 WORDS = {"colour": ["red", "blue", "green"], "animal": ["cat", "dog", "fox"]}
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    tiny.tiny_llama().save_pretrained(folder)
-    tiny.tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return write_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import tiny
 import torch
 from loras import edit_config
 from methods import SETTINGS, build
+from reports import write_base
 from safetensors.torch import load_file, save_file
 
 import molora_cli
@@ -102,10 +103,7 @@ def filled(words, **values):
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    tiny.tiny_llama().save_pretrained(folder)
-    tiny.tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return write_base(tmp_path_factory.mktemp("base"))
 
 
 def write_rows(file, experts):

@@ -75,15 +75,14 @@ class Affine(nn.Module):
         return -common if self.bias is None else promote(self.bias) - common
 
     def of_few(self, x: Tensor) -> Tensor:
-        """The outputs `[..., rows]` of a handful of inputs `[..., in]`: it is less to normalise these than W.
+        """The outputs `[..., rows]` of a handful of inputs `[..., in]`, normalising these or W, whichever is less.
 
         For calls without gradients.
         """
-        x = promote(x)
-        if self.input_mean is not None and self.input_std is not None:
-            x = x - self.input_mean
-            x = x / self.input_std if self.norm == "standardize" else x
-        return linear(x, self.weight, self.bias)
+        if self.input_mean is None or self.input_std is None or x.numel() > self.weight.numel():
+            return linear(x, self.rows(), self.offset())
+        x = promote(x) - self.input_mean
+        return linear(x / self.input_std if self.norm == "standardize" else x, self.weight, self.bias)
 
     def normalized_sums(self, sums: Tensor, counts: Tensor) -> Tensor:
         """Sums of raw inputs as sums of normalised ones.
